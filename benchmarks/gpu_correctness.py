@@ -1,0 +1,194 @@
+"""Every Triton implementation against its op's reference on the GPU at hand, and rough speeds.
+
+    python -m benchmarks.gpu_correctness [OUT.json]
+
+All samples of all ops and the hard shapes of the kernel tests, in poisoned memory; then linear layers and row kernels
+at the sizes of a Llama-3-8B, each checked before it is timed. Times are medians over replays of a CUDA graph; weights
+rotate through more memory than the L2 cache holds.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+import kernel_checks
+
+import lowering.triton  # noqa: F401  (attaches the implementations)
+from lowering import numerics
+from lowering.registry import Implementation, Op, all_ops, random_tensor
+
+CUDA = torch.device("cuda")
+NK = [(4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336)]
+ROWS = [1, 16, 64, 512, 4096]
+L2_BYTES = 50 * 2**20
+
+
+def microseconds(calls: list[Callable[[], Any]], replays: int = 15) -> float:
+    """Median time of one call: all of `calls` captured in one CUDA graph, replayed."""
+    repeat = max(1, 8 // len(calls))
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeat):
+            for call in calls:
+                call()
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / (repeat * len(calls)))
+    return round(statistics.median(times), 2)
+
+
+def check(op: Op, implementation: Implementation, args: tuple[Any, ...]) -> tuple[float | None, str | None]:
+    """(error, None), or (None, why it failed)."""
+    try:
+        with kernel_checks.poisoned_memory():
+            got = implementation.function(*args)
+        return kernel_checks.compare(got, op.reference(*args), op.tolerance), None
+    except (AssertionError, RuntimeError, ValueError, TypeError) as error:
+        return None, f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
+def correctness() -> list[dict[str, Any]]:
+    """One record per op × Triton implementation × sample; the op's own samples are timed too."""
+    records = []
+    for op in all_ops().values():
+        own = [(s.label, s.args, True) for s in op.samples(CUDA)]
+        hard = [(f"hard-{s.label}", s.args, False) for s in kernel_checks.hard_samples(op.name, CUDA)]
+        for implementation in [i for i in op.implementations if i.target == "triton"]:
+            for label, args, timed in own + hard:
+                if implementation.refuses(args) is not None:
+                    continue
+                error, failure = check(op, implementation, args)
+                record = {"op": op.name, "implementation": implementation.name, "sample": label, "error": error}
+                record["passed"] = failure is None
+                if failure is not None:
+                    record["failure"] = failure
+                elif timed:
+                    record["us"] = microseconds([lambda f=implementation.function, a=args: f(*a)], replays=5)
+                records.append(record)
+    return records
+
+
+def linear_speed() -> list[dict[str, Any]]:
+    """W8A8 and W8A16 at the layers of a Llama-3-8B, bf16 out, beside the same layer in bf16 (cuBLAS)."""
+    records = []
+    w8a8, w8a16 = all_ops()["linear_w8a8"], all_ops()["linear_w8a16"]
+    for n, k in NK:
+        copies = max(1, -(-3 * L2_BYTES // (n * k)))
+        w = [random_tensor(n, k, device=CUDA, seed=i) for i in range(copies)]
+        quantized = [numerics.quantize_weight(v) for v in w]
+        dense = [v.bfloat16() for v in w]
+        del w
+        for m in ROWS:
+            x = random_tensor(m, k, device=CUDA, dtype=torch.bfloat16, seed=7)
+            codes, scale = numerics.quantize_symmetric(x)
+            a8 = [(codes, scale, None, q, s, None, None, None, None, torch.bfloat16) for q, s in quantized]
+            a16 = [(x, q, s, None) for q, s in quantized]
+            record: dict[str, Any] = {"m": m, "n": n, "k": k}
+            for name, op, args in [("w8a8", w8a8, a8), ("w8a16", w8a16, a16)]:
+                implementation = op.choose("triton", args[0])
+                error, failure = check(op, implementation, args[0])
+                assert failure is None, f"{name} {record}: {failure}"
+                us = microseconds([lambda f=implementation.function, a=a: f(*a) for a in args])
+                record[name] = {"us": us, "error": error, **_rates(m, n, k, us, 1)}
+            us = microseconds([lambda x=x, d=d: torch.nn.functional.linear(x, d) for d in dense])
+            record["bf16"] = {"us": us, **_rates(m, n, k, us, 2)}
+            records.append(record)
+    return records
+
+
+def _rates(m: int, n: int, k: int, us: float, weight_bytes: int) -> dict[str, float]:
+    return {
+        "tflops": round(2 * m * n * k / us / 1e6, 1),
+        "weight_gb_per_s": round(n * k * weight_bytes / us / 1e3, 1),
+    }
+
+
+def row_speed() -> list[dict[str, Any]]:
+    """Row kernels on 4096 tokens and on one, bf16; rates count each byte of input and output once."""
+    records = []
+    ops = all_ops()
+    for m in (1, 4096):
+        x = random_tensor(m, 4096, device=CUDA, dtype=torch.bfloat16)
+        r = random_tensor(m, 4096, device=CUDA, dtype=torch.bfloat16, seed=1)
+        gate, up = random_tensor(m, 2 * 14336, device=CUDA, dtype=torch.bfloat16).chunk(2, -1)
+        gamma, columns = r[0].clone(), torch.arange(0, 4096, 128, device=CUDA)
+        token = 4096
+        for name, args, size in [
+            ("quantize_per_token", (x, True), 3 * token),
+            ("split_quantize", (x, columns, True), 3 * token),
+            ("split_quantize_dynamic", (x, 64, 6.0, True), 5 * token),
+            ("rms_norm", (x, gamma, 1e-5, 0.0, True), 4 * token),
+            ("norm_quantize", (x, gamma, None, 1e-5, 0.0, "rms_round_first", None, True), 3 * token),
+            ("add_norm_quantize", (x, r, gamma, None, 1e-5, 0.0, "rms_round_first", None, True), 7 * token),
+            ("act_mul_quantize", (gate, up, "silu", None, True), 5 * 14336),
+        ]:
+            op = ops[name]
+            implementation = op.choose("triton", args)
+            error, failure = check(op, implementation, args)
+            assert failure is None, f"{name}: {failure}"
+            us = microseconds([lambda f=implementation.function, a=args: f(*a)])
+            records.append({"op": name, "m": m, "us": us, "error": error, "gb_per_s": round(m * size / us / 1e3, 1)})
+    return records
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("no CUDA device: nothing measured", file=sys.stderr)
+        return 2
+    out = Path(sys.argv[1] if len(sys.argv) > 1 else "benchmarks/results/gpu_correctness.json")
+    results = correctness()
+    passed = sum(r["passed"] for r in results)
+    report = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "passed": passed,
+        "total": len(results),
+        "max_error_by_op": {
+            name: max((r["error"] or 0.0 for r in results if r["op"] == name), default=None) for name in all_ops()
+        },
+        "samples": results,
+    }
+    print(f"{report['device']}: {passed} of {len(results)} pass")
+    for r in results:
+        if not r["passed"]:
+            print("FAILED", r["op"], r["sample"], r["failure"])
+    report["linear"] = linear_speed()
+    report["rows"] = row_speed()
+    for r in report["linear"]:
+        rates = "  ".join(
+            f"{kind} {r[kind]['us']:8.1f} us {r[kind]['tflops']:7.1f} T {r[kind]['weight_gb_per_s']:7.1f} GB/s"
+            for kind in ("w8a8", "w8a16", "bf16")
+        )
+        print(f"M={r['m']:<5} N={r['n']:<6} K={r['k']:<6} {rates}")
+    for r in report["rows"]:
+        print(f"M={r['m']:<5} {r['op']:<24} {r['us']:8.1f} us {r['gb_per_s']:7.1f} GB/s")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n")
+    return 0 if passed == len(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

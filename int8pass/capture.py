@@ -1,0 +1,192 @@
+"""Capture: a Dynamo graph or an ExportedProgram → one IR, pre-dispatch ATen.
+
+Requires: a GraphModule from Dynamo inside its tracing context, or an ExportedProgram.
+Ensures: a `Program` whose graph holds only ATen calls (`aten.linear`, `aten.layer_norm`, `aten.rms_norm` whole), whose
+parameters and module buffers are constants (`get_attr`), and whose nodes carry fake values with symbolic shapes.
+Never looks at weights' values.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo import exc as dynamo_exc
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
+
+from int8pass.errors import CaptureError
+from int8pass.graph.constants import Constant, Constants, Fixed, fixed_value
+
+# What a backend may raise and Dynamo swallows into eager execution (torch/_dynamo/exc.py): made loud below.
+_SWALLOWED: tuple[type[Exception], ...] = tuple(dynamo_exc.exceptions_allowed_to_be_fallback)
+
+
+@dataclass
+class Program:
+    """One captured graph on its way through the pipeline.
+
+    `placeholders[i]` is the position, among the inputs the graph was captured with, of the i-th remaining placeholder.
+    """
+
+    gm: fx.GraphModule
+    constants: Constants
+    fake_mode: FakeTensorMode
+    placeholders: list[int]
+    origins: list[fx.Node] = field(default_factory=list)
+    """Dynamo's placeholder of every captured input, whose source and metadata AOTAutograd asks for."""
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.gm.graph
+
+
+def from_dynamo(gm: fx.GraphModule, inputs: Sequence[Any]) -> Program:
+    """Retrace what Dynamo handed to the backend.
+
+    Raises:
+        CaptureError: retracing failed; these failures would otherwise become silent eager execution.
+    """
+    context = TracingContext.try_get()
+    if context is None or context.fake_mode is None:
+        raise CaptureError("no tracing context: use torch.compile(model, backend='int8'), not the backend by itself")
+    fake_mode = context.fake_mode  # Dynamo's own: a fresh one would lose the symbolic sizes
+    fakes = [
+        fake_mode.from_tensor(v, symbolic_context=context.tensor_to_context.get(v)) if isinstance(v, Tensor) else v
+        for v in inputs
+    ]
+    try:
+        with torch.no_grad(), fake_mode, preserve_node_meta():
+            traced = make_fx(fx.Interpreter(gm).run, pre_dispatch=True)(*fakes)
+    except _SWALLOWED as error:
+        raise CaptureError(f"the model has an operation whose result depends on data: {error}") from error
+    origins = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    return _with_constants(traced, fake_mode, origins)
+
+
+def _with_constants(traced: fx.GraphModule, fake_mode: FakeTensorMode, origins: list[fx.Node]) -> Program:
+    """Turn the placeholders of parameters and module buffers into constants."""
+    constants = Constants(traced, fake_mode)
+    mutated = mutated_values(traced.graph)
+    remaining = []
+    for position, (node, origin) in enumerate(zip(_placeholders(traced.graph), origins)):
+        if not _is_static(origin) or node in mutated:
+            remaining.append(position)
+            continue
+        constant = Constant(parameter_path(origin), position)
+        fake = node.meta["val"]
+        name = constants.add(constant, fake)
+        with traced.graph.inserting_after(node):
+            read = traced.graph.create_node("get_attr", name)
+        read.meta["val"] = fake
+        node.replace_all_uses_with(read)
+        traced.graph.erase_node(node)
+    _adopt_fixed(traced, constants)
+    _reads_after_placeholders(traced.graph)
+    traced.recompile()
+    return Program(traced, constants, fake_mode, remaining, origins)
+
+
+def _adopt_fixed(gm: fx.GraphModule, constants: Constants) -> None:
+    """Tensors written in the model's code, which tracing left as attributes, become constants like the others."""
+    for node in [n for n in gm.graph.nodes if n.op == "get_attr" and constants.get(n) is None]:
+        value = getattr(gm, str(node.target))
+        if not isinstance(value, Tensor):
+            continue  # a subgraph of a higher-order operator
+        constant = Constant(str(node.target), compute=fixed_value, options=(Fixed(value),))
+        node.target = constants.add(constant, node.meta["val"])
+
+
+def _placeholders(graph: fx.Graph) -> list[fx.Node]:
+    return [n for n in graph.nodes if n.op == "placeholder"]
+
+
+def _reads_after_placeholders(graph: fx.Graph) -> None:
+    placeholders = _placeholders(graph)
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and placeholders and node < placeholders[-1]:
+            placeholders[-1].append(node)
+
+
+def _is_static(origin: fx.Node) -> bool:
+    """A parameter or buffer of a module, as Dynamo marks it; a static KV cache is marked too but is no parameter."""
+    value = origin.meta.get("example_value")
+    if not isinstance(value, Tensor) or "_dynamo_static_input_type" not in origin.meta.get("tensor_dict", {}):
+        return False
+    return isinstance(value, torch.nn.Parameter) or "_buffers" in source_name(origin)
+
+
+def source_name(origin: fx.Node) -> str:
+    """Where Dynamo found an input, e.g. `L['self']._modules['fc']._parameters['weight']`; "" when unknown."""
+    source = getattr(origin, "_dynamo_source", None)
+    name = getattr(source, "name", "")
+    return name() if callable(name) else str(name)  # a method until torch 2.11, a property later
+
+
+def parameter_path(origin: fx.Node) -> str:
+    """The dotted path of a parameter in its root module, from Dynamo's source: `layers.0.self_attn.q_proj.weight`."""
+    parts = source_name(origin).replace('"', "'").split("['")[1:]
+    keys = [part.split("']")[0] for part in parts]
+    # The first key is the local variable that holds the module ('self', 'fn').
+    return ".".join(keys[1:]) or origin.name
+
+
+def mutated_values(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes whose value (or whose base, through views) is written in place somewhere in the graph."""
+    mutated: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        for value, argument in zip(node.args, node.target._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, fx.Node):
+                mutated.update(_view_chain(value))
+    return mutated
+
+
+def _view_chain(node: fx.Node) -> list[fx.Node]:
+    """`node` and the nodes it is a view of, as far as the schema tells."""
+    chain = [node]
+    while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
+        target = node.target
+        aliases = target is operator.getitem or (
+            isinstance(target, torch._ops.OpOverload)
+            and target._schema.arguments
+            and target._schema.arguments[0].alias_info is not None
+        )
+        if not aliases:
+            break
+        node = node.args[0]
+        chain.append(node)
+    return chain
+
+
+def from_export(exported: torch.export.ExportedProgram) -> Program:
+    """The same IR from torch.export: parameters and buffers become constants, inputs stay placeholders."""
+    lifted = exported.graph_signature
+    inputs = {**lifted.inputs_to_parameters, **lifted.inputs_to_buffers, **lifted.inputs_to_lifted_tensor_constants}
+    gm = fx.GraphModule(exported.graph_module, fx.Graph())
+    gm.graph.output(gm.graph.graph_copy(exported.graph, {}))
+    nodes = _placeholders(gm.graph)
+    fake_mode = next(n.meta["val"].fake_mode for n in nodes if isinstance(n.meta.get("val"), Tensor))
+    constants = Constants(gm, fake_mode)
+    mutated = mutated_values(gm.graph)
+    remaining = []
+    for position, node in enumerate(nodes):
+        if node.name not in inputs or node in mutated:
+            remaining.append(position)
+            continue
+        name = constants.add(Constant(inputs[node.name], position), node.meta["val"])
+        with gm.graph.inserting_after(node):
+            read = gm.graph.create_node("get_attr", name)
+        read.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(read)
+        gm.graph.erase_node(node)
+    _reads_after_placeholders(gm.graph)
+    gm.recompile()
+    return Program(gm, constants, fake_mode, remaining)

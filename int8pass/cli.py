@@ -1,0 +1,323 @@
+"""The `int8pass` command: run, inspect, calibrate.
+
+The only module that imports typer and rich. The table and the progress display are used by the examples too.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+import shutil
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from torch import nn
+
+import int8pass
+from int8pass import hub, measure
+from int8pass.errors import Int8PassError, OptionError, UnsupportedError
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+    from rich.text import Text
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"the int8pass command needs {missing.name}: pip install 'int8pass[hf]'") from None
+
+CALIBRATION_START = 100
+"""The first calibration window: far from those that perplexity is measured on."""
+
+
+class Dtype(enum.StrEnum):
+    """Weights' dtype of the original model. `auto`: bfloat16 on a GPU, float32 on a CPU."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Mode(enum.StrEnum):
+    """torch.compile's `mode`, for both forms of the model."""
+
+    default = "default"
+    reduce_overhead = "reduce-overhead"
+    max_autotune = "max-autotune"
+
+
+ModelArgument = Annotated[
+    str, typer.Argument(help="smollm2, minilm, a transformers hub id, a folder with a model, or a .gguf file.")
+]
+DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the original; auto: bfloat16 on a GPU, else float32.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: the GPU if there is one.")]
+RecipeOption = Annotated[
+    str,
+    typer.Option("--recipe", "--preset", help="A preset's name or a recipe file (.json)."),
+]
+
+app = typer.Typer(
+    name="int8pass",
+    help='A PyTorch model in 8-bit integers: torch.compile(model, backend="int8").',
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Entry point of the `int8pass` command."""
+    app()
+
+
+@app.command()
+def run(
+    model: ModelArgument,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+    recipe: RecipeOption = "default",
+    mode: Annotated[Mode, typer.Option(help="torch.compile's mode, for both forms.")] = Mode.default,
+    windows: Annotated[int, typer.Option(min=1, max=100, help="Windows of 512 tokens for perplexity.")] = 6,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the greedy continuation.")] = 32,
+    prompt: Annotated[str, typer.Option(help="What is continued.")] = "Gravity is",
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Calibrate first, on 8 other windows.")] = False,
+    inspect: Annotated[bool, typer.Option("--inspect", help="Print the sites and every linear not taken.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+) -> None:
+    """Measure MODEL in its original dtype (plain Inductor) and in int8, and print one table."""
+    with _reported():
+        chosen = _recipe(recipe)
+        device_ = _device(device)
+        _require_compiler(device_)
+        if json_file is not None:
+            _require_folder("--json", json_file)
+        with Steps() as progress:
+            loaded, tokenizer = _load(model, dtype, device_, progress)
+            _require_text_generator(loaded, model)
+            text = hub.windows(tokenizer, measure.LENGTH)
+            if calibrate:
+                preset = "outlier-columns" if recipe == "default" else recipe
+                chosen = calibrated(loaded, text, 8, preset, progress)
+            comparison = measure.compare(
+                loaded,
+                tokenizer,
+                text[:windows],
+                name=model,
+                tokens=tokens,
+                prompt=prompt,
+                mode=None if mode is Mode.default else mode.value,
+                options=None if recipe == "default" and not calibrate else {"recipe": chosen},
+                progress=progress,
+            )
+        console = Console()
+        console.print(table(comparison))
+        if inspect:
+            console.print(str(_inspect(loaded, text, chosen)), markup=False, highlight=False, soft_wrap=True)
+        if json_file is not None:
+            json_file.write_text(json.dumps(comparison.as_dict(), indent=2) + "\n")
+
+
+@app.command()
+def inspect(
+    model: ModelArgument,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+    recipe: RecipeOption = "default",
+    length: Annotated[int, typer.Option(min=2, help="Tokens of the input that the graph is captured with.")] = 64,
+) -> None:
+    """Print what int8 does with MODEL: its sites, and every linear not taken with the reason and source line."""
+    with _reported():
+        chosen = _recipe(recipe)
+        device_ = _device(device)
+        with Steps() as progress:
+            loaded, tokenizer = _load(model, dtype, device_, progress)
+            progress("inspect", 0, 1)
+            report = _inspect(loaded, hub.windows(tokenizer, length), chosen)
+            progress("inspect", 1, 1)
+        Console().print(str(report), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def calibrate(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The recipe file to write.")] = Path("recipe.json"),
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+    recipe: RecipeOption = "outlier-columns",
+    windows: Annotated[int, typer.Option(min=1, max=100, help="Windows of 512 tokens to run through MODEL.")] = 8,
+) -> None:
+    """Run text through MODEL, and write a recipe for `int8pass run MODEL --recipe FILE` and for torch.compile."""
+    with _reported():
+        _recipe(recipe)  # a wrong name is said before anything is loaded
+        device_ = _device(device)
+        _require_folder("--output", output)
+        with Steps() as progress:
+            loaded, tokenizer = _load(model, dtype, device_, progress)
+            made = calibrated(loaded, hub.windows(tokenizer, measure.LENGTH), windows, recipe, progress)
+        made.save(output)
+        Console().print(f"wrote {output}", markup=False, highlight=False)
+
+
+def table(comparison: measure.Comparison) -> Table:
+    """The comparison as people read it: one column per form, and what int8 makes of it."""
+    original, quantized = comparison.original, comparison.int8
+    shown = Table(
+        title=f"{comparison.model} on {comparison.device}",
+        caption=f"torch {comparison.torch}; perplexity on {comparison.windows} windows of {measure.LENGTH} tokens",
+    )
+    shown.add_column("", no_wrap=True)
+    shown.add_column(f"{original.name} (Inductor)", justify="right")
+    shown.add_column('backend="int8"', justify="right")
+    shown.add_column("int8 / original", justify="right")
+    for label, before, after, digits in (
+        ("perplexity", original.perplexity, quantized.perplexity, 3),
+        (f"prefill {measure.LENGTH}, tok/s", original.prefill_tokens_per_s, quantized.prefill_tokens_per_s, 1),
+        ("decode, tok/s", original.decode_tokens_per_s, quantized.decode_tokens_per_s, 1),
+        ("linear weights MB", original.linear_weight_bytes / 1e6, quantized.linear_weight_bytes / 1e6, 1),
+        ("first compile, s", original.compile_s, quantized.compile_s, 1),
+    ):
+        ratio = f"{after / before:.{digits + 1}f}" if before else ""
+        shown.add_row(label, f"{before:.{digits}f}", f"{after:.{digits}f}", ratio)
+    refused = sum(comparison.linears_refused.values())
+    shown.add_row("linears in int8", "0", f"{comparison.linears_taken} in {comparison.sites} sites", "")
+    shown.add_row("linears refused", "", str(refused), "")
+    shown.add_section()
+    continuations = [Text(form.continuation.strip(), justify="left") for form in (original, quantized)]
+    shown.add_row(Text(f"{comparison.prompt} …"), *continuations, "")
+    return shown
+
+
+class Steps:
+    """Shows a `measure.Progress` on stderr: bars on a terminal, elsewhere one plain line when a step has ended."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._bars = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            console=self._console, disable=not self._console.is_terminal,
+        )  # fmt: skip
+        self._tasks: dict[str, TaskID] = {}
+        self._begun: dict[str, float] = {}
+
+    def __enter__(self) -> Steps:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def __call__(self, title: str, done: int, total: int) -> None:
+        if title not in self._tasks:
+            self._tasks[title] = self._bars.add_task(title, total=total)
+            self._begun[title] = time.perf_counter()
+        self._bars.update(self._tasks[title], completed=done)
+        if done == total and not self._console.is_terminal:
+            seconds = time.perf_counter() - self._begun[title]
+            self._console.print(f"{title}: {seconds:.1f} s", markup=False, highlight=False)
+
+
+def calibrated(
+    model: nn.Module, text: torch.Tensor, count: int, recipe: str, progress: measure.Progress
+) -> int8pass.Recipe:
+    """A recipe from `count` windows of `text`, taken far from those that perplexity is measured on."""
+    first = max(0, min(CALIBRATION_START, len(text) - count))
+    device = next(model.parameters()).device
+    progress("calibrate", 0, count)
+    made = int8pass.calibrate(
+        model,
+        [{"input_ids": window[None].to(device)} for window in text[first : first + count]],
+        recipe,
+        progress=lambda done, total: progress("calibrate", done, total),
+    )
+    progress("calibrate", count, count)
+    return made
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """An expected error ends the command with its message alone; anything else keeps its traceback."""
+    try:
+        yield
+    except Exception as failure:
+        # Dynamo wraps what a backend raises
+        expected = failure if isinstance(failure, Int8PassError) else getattr(failure, "inner_exception", None)
+        if not isinstance(expected, Int8PassError):
+            raise
+        Console(stderr=True).print(f"int8pass: {expected}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from failure
+
+
+def _recipe(text: str) -> int8pass.Recipe:
+    """A preset by name, else a recipe file."""
+    if text in int8pass.presets():
+        return int8pass.Recipe.preset(text)
+    path = Path(text).expanduser()
+    if not path.is_file():
+        raise OptionError(
+            f"--recipe {text}: neither a preset nor a recipe file. Presets: {', '.join(int8pass.presets())}."
+        )
+    return int8pass.Recipe.load(path)
+
+
+def _device(text: str) -> torch.device:
+    if text == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(text)
+    except RuntimeError as failure:
+        raise OptionError(f"--device {text}: not a device. Give auto, cpu, cuda or cuda:N.") from failure
+    if device.type not in ("cpu", "cuda"):
+        raise OptionError(f"--device {text}: int8pass runs on cpu and cuda.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise OptionError(f"--device {text}: this machine has {torch.cuda.device_count()} CUDA devices.")
+    return device
+
+
+def _load(name: str, dtype: Dtype, device: torch.device, progress: measure.Progress) -> tuple[nn.Module, Any]:
+    chosen = {"cuda": "bfloat16", "cpu": "float32"}[device.type] if dtype is Dtype.auto else dtype.value
+    title = f"load {name}"
+    progress(title, 0, 1)
+    loaded = hub.load(name, dtype=getattr(torch, chosen), device=device)
+    progress(title, 1, 1)
+    return loaded
+
+
+def _inspect(model: nn.Module, text: torch.Tensor, recipe: int8pass.Recipe) -> Any:
+    ids = text[:1].to(next(model.parameters()).device)
+    return int8pass.inspect(model, {"input_ids": ids}, recipe=recipe)
+
+
+def _require_folder(option: str, path: Path) -> None:
+    if not path.parent.is_dir():
+        raise OptionError(f"{option} {path}: there is no folder {path.parent}.")
+
+
+def _require_text_generator(model: nn.Module, name: str) -> None:
+    if measure.output_head(model) is None or not hasattr(model, "generate"):
+        raise UnsupportedError(
+            f"`int8pass run` measures models that generate text, and {name} is a {type(model).__name__}. "
+            f"See what int8 does with it by: int8pass inspect {name}"
+        )
+
+
+def _require_compiler(device: torch.device) -> None:
+    """Inductor builds C++ for a CPU; say so now, and not after minutes with a traceback."""
+    if device.type != "cpu":
+        return
+    compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
+    if not any(shutil.which(compiler.split()[0]) for compiler in compilers):
+        raise UnsupportedError(f"torch.compile on a CPU needs a C++ compiler: {' or '.join(compilers)} was not found.")
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    if not headers.is_file():
+        raise UnsupportedError(
+            f"torch.compile on a CPU needs Python's headers, and there is no {headers}; "
+            f"the package python{sys.version_info.major}.{sys.version_info.minor}-dev or its like brings them."
+        )

@@ -1,0 +1,289 @@
+"""Fuse: the portable form → few fused ops.
+
+Requires: a program in portable form. Ensures: the same function with every `dequantize` and `dequantize_weight` of a
+site gone into `linear_w8a8` / `linear_w8a16`; split and quantize in one op, with the norm, residual add or gate product
+before them where one pass over the row can do all; linears that share an input merged. Chooses no kernels.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx
+
+from int8pass.capture import Program
+from int8pass.graph.constants import Constant
+from int8pass.graph.pattern import Bind, Call, add, call, mul, one_of, op_name
+from int8pass.graph.rewrite import Edit, RewriteLog, apply_rules
+from lowering.ops import act as act_ops
+from lowering.ops import linear as linear_ops
+from lowering.ops import norm as norm_ops
+from lowering.ops import quantize as quantize_ops
+
+aten = torch.ops.aten
+
+
+def fuse(program: Program, merge: Callable[[fx.Node], bool] = lambda node: True) -> RewriteLog:
+    """Run all fusion rules. `merge` says whether a linear may be merged with others of the same input."""
+    log = apply_rules(
+        program,
+        (
+            fuse_outlier_linear, fuse_linear, fuse_weight_only, fuse_split_quantize, fuse_split_quantize_dynamic,
+            fuse_norm, fuse_add_norm, fuse_gate_product,
+        ),
+    )  # fmt: skip
+    log.hits["merge_linears"] += merge_linears(program, merge)
+    return log
+
+
+def column_sums(codes: Tensor) -> Tensor:
+    """`Σ_k codes[n, k]` as int32 [N]: what corrects a zero point."""
+    return codes.sum(1, dtype=torch.int32)
+
+
+_WEIGHT = call("dequantize_weight", Bind("weight"), Bind("weight_scale"))
+_INLIERS = call("dequantize", Bind("codes"), Bind("scale"), Bind("zero_point"), Bind("dtype"))
+_PRODUCT = Call("linear", (_INLIERS, _WEIGHT))
+_OUTLIERS = one_of(
+    call("linear", Bind("outliers"), call("index_select", _WEIGHT, 1, Bind("columns"))),
+    call("linear", Bind("outliers"), Bind("outlier_weight")),
+)
+_WITH_OUTLIERS = add(Call("linear", (_INLIERS, _WEIGHT), bind="linear"), _OUTLIERS)
+_WEIGHT_ONLY = Call("linear", (Bind("x"), _WEIGHT))
+
+
+def _bias(linear: fx.Node) -> object:
+    return linear.args[2] if len(linear.args) > 2 else None
+
+
+def _linear(node: fx.Node, edit: Edit, found: dict[str, fx.Node], bias: object, *outlier: object) -> fx.Node:
+    """A `linear_w8a8` call in place of `node`."""
+    sums = None
+    if found["zero_point"] is not None:
+        codes = edit.constant(found["weight"])
+        assert codes is not None
+        (sums,) = edit.derive(f"{codes.label}.sums", column_sums, [codes], before=node)
+    arguments = [found[k] for k in ("codes", "scale", "zero_point", "weight", "weight_scale")]
+    outliers = outlier or (None, None)
+    dtype = node.meta["val"].dtype
+    return edit.call(linear_ops.linear_w8a8.overload, *arguments, sums, bias, *outliers, dtype, before=node)
+
+
+def fuse_outlier_linear(node: fx.Node, edit: Edit) -> fx.Node | None:
+    """`linear(dequantize(q), Ŵ, b) + linear(outliers, W_o)` ⇒ `linear_w8a8(q, …, outliers, W_o)`"""
+    found = _WITH_OUTLIERS.match(node)
+    if found is None or len(found["linear"].users) != 1:
+        return None
+    if "columns" not in found:
+        part = found["outlier_weight"]
+    else:
+        part = edit.call(aten.index_select.default, found["weight"], 1, found["columns"], before=node)
+    return _linear(node, edit, found, _bias(found["linear"]), found["outliers"], part)
+
+
+def fuse_linear(node: fx.Node, edit: Edit) -> fx.Node | None:
+    """`linear(dequantize(q, s, z), dequantize_weight(W, w_s), b)` ⇒ `linear_w8a8(q, s, z, W, w_s, ΣW, b)`"""
+    found = _PRODUCT.match(node)
+    return _linear(node, edit, found, _bias(node)) if found else None
+
+
+def fuse_weight_only(node: fx.Node, edit: Edit) -> fx.Node | None:
+    """`linear(x, dequantize_weight(W, w_s), b)` ⇒ `linear_w8a16(x, W, w_s, b)`"""
+    found = _WEIGHT_ONLY.match(node)
+    if found is None:
+        return None
+    arguments = (found["x"], found["weight"], found["weight_scale"], _bias(node))
+    return edit.call(linear_ops.linear_w8a16.overload, *arguments, before=node)
+
+
+def _element(node: object, index: int, name: str) -> fx.Node | None:
+    """The call of `name` when `node` is its element `index`."""
+    if isinstance(node, fx.Node) and node.target is operator.getitem and node.args[1] == index:
+        source = node.args[0]
+        return source if isinstance(source, fx.Node) and op_name(source) == name else None
+    return None
+
+
+def _replace_elements(old: fx.Node, new: fx.Node, shift: int, edit: Edit) -> None:
+    """Let every `old[i]` be `new[i + shift]`."""
+    for user in list(old.users):
+        if user.target is operator.getitem:
+            user.replace_all_uses_with(edit.element(new, user.args[1] + shift))  # type: ignore[operator]
+
+
+def _fuse_split(node: fx.Node, edit: Edit, split_name: str, fused: object) -> fx.Node | None:
+    """`quantize_per_token(split(x, …)[0])` ⇒ one op: the elements of quantize, then those of split but the inliers."""
+    if op_name(node) != "quantize_per_token":
+        return None
+    split = _element(node.args[0], 0, split_name)
+    if split is None or len(node.args[0].users) != 1:  # type: ignore[union-attr]
+        return None
+    new = edit.call(fused, *split.args, node.args[1], before=split)
+    _replace_elements(node, new, 0, edit)
+    for user in list(split.users):
+        if user.target is operator.getitem and user.args[1] != 0:
+            user.replace_all_uses_with(edit.element(new, user.args[1] + 2))  # type: ignore[operator]
+    return new
+
+
+def fuse_split_quantize(node: fx.Node, edit: Edit) -> fx.Node | None:
+    """`quantize_per_token(outlier_split(x, c)[0])` ⇒ `split_quantize(x, c)`"""
+    return _fuse_split(node, edit, "outlier_split", quantize_ops.split_quantize.overload)
+
+
+def fuse_split_quantize_dynamic(node: fx.Node, edit: Edit) -> fx.Node | None:
+    """`quantize_per_token(outlier_split_dynamic(x, R, t)[0])` ⇒ `split_quantize_dynamic(x, R, t)`"""
+    return _fuse_split(node, edit, "outlier_split_dynamic", quantize_ops.split_quantize_dynamic.overload)
+
+
+def _static_quantize(node: fx.Node) -> tuple[fx.Node, object, bool] | None:
+    """Input, columns (or None) and symmetry of a quantize whose columns are known before the row is read."""
+    if op_name(node) == "quantize_per_token":
+        return node.args[0], None, node.args[1]  # type: ignore[return-value]
+    if op_name(node) == "split_quantize":
+        return node.args[0], node.args[1], node.args[2]  # type: ignore[return-value]
+    return None
+
+
+def fuse_norm(node: fx.Node, edit: Edit) -> fx.Node | None:
+    """`quantize(norm(x))`, the norm read by nothing else ⇒ `norm_quantize(x)`"""
+    found = _static_quantize(node)
+    if found is None or op_name(found[0]) not in {"rms_norm", "layer_norm"} or len(found[0].users) != 1:
+        return None
+    norm, columns, symmetric = found
+    if op_name(norm) == "rms_norm":
+        x, gamma, eps, offset, round_first = norm.args
+        arguments = (x, gamma, None, eps, offset, "rms_round_first" if round_first else "rms")
+    else:
+        x, shape, gamma, beta, eps = (*norm.args, None, None, 1e-5)[:5]
+        if len(shape) != 1:  # type: ignore[arg-type]
+            return None
+        arguments = (x, gamma, beta, eps, 0.0, "layer")
+    new = edit.call(norm_ops.norm_quantize.overload, *arguments, columns, symmetric, before=node)
+    _replace_elements(node, new, 0, edit)
+    return new
+
+
+def fuse_add_norm(node: fx.Node, edit: Edit) -> fx.Node | None:
+    """`norm_quantize(x + residual)` ⇒ `add_norm_quantize(x, residual)`, the sum being its first element"""
+    if op_name(node) != "norm_quantize" or op_name(node.args[0]) != "add":
+        return None
+    total = node.args[0]
+    assert isinstance(total, fx.Node)
+    a, b = total.args
+    if total.kwargs or not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
+        return None
+    values = [n.meta["val"] for n in (a, b, total)]
+    if any(not isinstance(v, Tensor) or v.shape != values[2].shape or v.dtype != values[2].dtype for v in values):
+        return None
+    new = edit.call(norm_ops.add_norm_quantize.overload, a, b, *node.args[1:], before=total, like=node)
+    _replace_elements(node, new, 1, edit)
+    total.replace_all_uses_with(edit.element(new, 0))
+    return new
+
+
+_ACT = one_of(*(Call(name, (Bind("gate"),), bind="act") for name in ("silu", "gelu", "relu", "sigmoid")))
+_GATE_PRODUCT = mul(_ACT, Bind("up"))
+
+
+def fuse_gate_product(node: fx.Node, edit: Edit) -> fx.Node | None:
+    """`quantize(act(gate) * up)`, the product read by nothing else ⇒ `act_mul_quantize(gate, up)`"""
+    quantize = _static_quantize(node)
+    found = _GATE_PRODUCT.match(quantize[0]) if quantize else None
+    if quantize is None or found is None or len(quantize[0].users) != 1 or len(found["act"].users) != 1:
+        return None
+    gate, up, activation = found["gate"], found["up"], found["act"]
+    if not isinstance(up, fx.Node) or gate.meta["val"].shape != up.meta["val"].shape:
+        return None
+    name = op_name(activation)
+    if name == "gelu" and activation.kwargs.get("approximate", (*activation.args, "none")[1]) == "tanh":
+        name = "gelu_tanh"
+    new = edit.call(act_ops.act_mul_quantize.overload, gate, up, name, quantize[1], quantize[2], before=node)
+    _replace_elements(node, new, 0, edit)
+    return new
+
+
+def concatenate(*tensors: Tensor) -> Tensor:
+    """Rows of several weights (or scales, sums, biases) one after the other."""
+    return torch.cat(tensors)
+
+
+def merge_linears(program: Program, allowed: Callable[[fx.Node], bool]) -> int:
+    """Linears with one input, all constants and no two alike otherwise ⇒ one linear and views of its result."""
+    edit, merged = Edit(program), 0
+    groups: dict[tuple[object, ...], list[fx.Node]] = {}
+    for node in program.graph.nodes:
+        key = _merge_key(node, edit)
+        if key is not None and allowed(node):
+            groups.setdefault(key, []).append(node)
+    for nodes in groups.values():
+        if len(nodes) > 1:
+            _merge(edit, nodes)
+            merged += 1
+    program.graph.eliminate_dead_code()
+    program.gm.recompile()
+    return merged
+
+
+# Argument positions that differ between merged linears: weight, scale, sums, bias (and outlier weight).
+_PARTS = {"linear_w8a8": (3, 4, 5, 6, 8), "linear_w8a16": (1, 2, 3)}
+
+
+def _merge_key(node: fx.Node, edit: Edit) -> tuple[object, ...] | None:
+    parts = _PARTS.get(op_name(node))
+    if parts is None:
+        return None
+    shape: list[object] = [op_name(node)]
+    for index, argument in enumerate(node.args):
+        if index not in parts:
+            shape.append(argument)
+        elif isinstance(argument, fx.Node) and op_name(argument) == "index_select":
+            shape.append(("columns", argument.args[2]))
+        elif argument is None or edit.constant(argument) is not None:
+            shape.append(argument is None)
+        else:
+            return None
+    return tuple(shape)
+
+
+def _merge(edit: Edit, nodes: list[fx.Node]) -> None:
+    first = nodes[0]
+    parts = _PARTS[op_name(first)]
+    arguments = list(first.args)
+    for index in parts:
+        column = [node.args[index] for node in nodes]
+        if column[0] is None:
+            continue
+        if op_name(column[0]) == "index_select":
+            continue  # made again below, from the merged weight
+        constants = [edit.constant(c) for c in column]
+        assert all(constants)
+        label = "+".join(c.label for c in constants if c)
+        (arguments[index],) = edit.derive(label, concatenate, _all(constants), before=first)
+    if len(arguments) > 8 and op_name(arguments[8]) == "index_select":
+        select = arguments[8]
+        assert isinstance(select, fx.Node)
+        arguments[8] = edit.call(aten.index_select.default, arguments[3], 1, select.args[2], before=first)
+    result = edit.call(first.target, *arguments, before=first)
+    start = 0
+    for node in nodes:
+        width = int(node.meta["val"].shape[-1])
+        view = edit.call(aten.slice.Tensor, result, -1, start, start + width, before=first, like=node)
+        _views_to_reshapes(node)
+        node.replace_all_uses_with(view)
+        start += width
+
+
+def _all(constants: list[Constant | None]) -> list[Constant]:
+    return [c for c in constants if c is not None]
+
+
+def _views_to_reshapes(node: fx.Node) -> None:
+    """A slice of a merged result is not contiguous: a `view` of it becomes a `reshape` (still a view where it can be)."""
+    for user in node.users:
+        if user.target in (aten.view.default, aten._unsafe_view.default):
+            user.target = aten.reshape.default
+        if op_name(user) in {"view", "reshape", "transpose", "permute", "split", "chunk", "getitem", "slice"}:
+            _views_to_reshapes(user)

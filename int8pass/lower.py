@@ -1,0 +1,194 @@
+"""Lower: each op of ours → its implementation for the device; constants → static inputs; then Inductor.
+
+Requires: a graph whose `int8pass::` nodes all have an implementation for the device of their tensors.
+Ensures: no `int8pass::` node is left (an op without an implementation is an error that names op and device, never a
+fallback), and the compiled callable takes the inputs of the original graph.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.source import LocalSource
+from torch._inductor.compile_fx import compile_fx
+
+from int8pass.capture import Program
+from int8pass.errors import UnsupportedError
+from int8pass.graph.constants import Constant, Store, version
+from lowering import registry
+
+TARGETS = {"cpu": "cpu", "cuda": "triton"}
+
+
+def choose_implementations(program: Program) -> Counter[tuple[str, str]]:
+    """Replace every op of ours by its implementation; returns (op, implementation) → how often it was chosen.
+
+    Raises:
+        UnsupportedError: an op has no implementation for its device and arguments.
+    """
+    chosen: Counter[tuple[str, str]] = Counter()
+    for node in program.graph.nodes:
+        op = registry.find(node.target) if node.op == "call_function" else None
+        if op is None:
+            continue
+        values = fx.node.map_arg(node.args, lambda n: n.meta["val"])
+        implementation = choose(op, tuple(values))
+        node.target = implementation.function
+        node.meta["int8pass.implementation"] = implementation.name
+        chosen[op.name, implementation.name] += 1
+    program.gm.recompile()
+    return chosen
+
+
+def choose(op: registry.Op, values: tuple[Any, ...]) -> registry.Implementation:
+    """The implementation of `op` for these fake arguments, by the device they are on."""
+    device = next(v.device.type for v in values if isinstance(v, Tensor))
+    if device not in TARGETS:
+        raise UnsupportedError(f"op {op.name!r} on device {device!r}: int8pass runs on {', '.join(sorted(TARGETS))}")
+    target = TARGETS[device]
+    load_target(target)
+    try:
+        return op.choose(target, values)
+    except registry.LoweringError as error:
+        raise UnsupportedError(str(error)) from error
+
+
+def load_target(target: str) -> None:
+    """Import the implementations of one target; the others need not be installed."""
+    if target == "triton":
+        import lowering.triton  # noqa: F401
+    else:
+        import lowering.cpu  # noqa: F401
+
+
+def lift_constants(program: Program) -> list[Constant]:
+    """Turn every `get_attr` into a placeholder after the others; returns the constants in placeholder order.
+
+    As inputs and not attributes, packed weights can be checked on every call against the parameters they were made
+    from, and one compiled graph serves every module that shares its code (regional compilation).
+    """
+    graph = program.graph
+    last = [n for n in graph.nodes if n.op == "placeholder"]
+    lifted: list[Constant] = []
+    for node in [n for n in graph.nodes if n.op == "get_attr"]:
+        constant = program.constants[str(node.target)]
+        with graph.inserting_after(last[-1]) if last else graph.inserting_before(next(iter(graph.nodes))):
+            placeholder = graph.placeholder(str(node.target))
+        last.append(placeholder)
+        placeholder.meta = {"val": node.meta["val"], **_dynamo_marks(program, constant, str(node.target))}
+        if constant.position is not None and program.origins:
+            placeholder._dynamo_source = program.origins[constant.position]._dynamo_source  # type: ignore[attr-defined]
+        else:
+            # A name no user variable can have; AOTAutograd wants sources, and wants them unique.
+            placeholder._dynamo_source = LocalSource(f"__int8pass_{len(lifted)}")  # type: ignore[attr-defined]
+        node.replace_all_uses_with(placeholder)
+        graph.erase_node(node)
+        lifted.append(constant)
+    for name in program.constants.used():
+        delattr(program.gm, name)
+    return lifted
+
+
+def _dynamo_marks(program: Program, constant: Constant, name: str) -> dict[str, Any]:
+    """Placeholder metadata that makes AOTAutograd treat a constant as a static input (same address on every call)."""
+    if constant.position is not None and program.origins:
+        meta = program.origins[constant.position].meta
+        return {k: meta[k] for k in ("tensor_dict", "grapharg", "example_value") if k in meta}
+    return {"tensor_dict": {"_dynamo_static_input_type": "unguarded"}}
+
+
+class Compiled:
+    """What Dynamo calls: the user's inputs go in, packed weights are added, the compiled graph runs.
+
+    Packed weights are checked against the parameters of *this* call, by identity and version: a weight that was
+    replaced or written in place is packed anew, never silently ignored.
+    """
+
+    def __init__(
+        self,
+        positions: Sequence[int],
+        constants: Sequence[Constant],
+        store: Store,
+        arguments: Sequence[Any],
+        counts_overflow: bool,
+        after_first_run: Callable[[], None] | None,
+    ) -> None:
+        self.function: Callable[..., Any] = _not_compiled
+        self._positions = tuple(positions)
+        self._constants = tuple(constants)
+        self._store = store
+        parameters = dict.fromkeys(p for c in constants for p in c.parameters())
+        self._watched = tuple(p.position for p in parameters if p.position is not None)
+        self._counts_overflow = counts_overflow
+        self._overflow: Tensor | None = None
+        self._after_first_run = after_first_run
+        self._pack(arguments)
+
+    def _pack(self, arguments: Sequence[Any]) -> None:
+        self._packed = [
+            self._store.value(c, lambda p: arguments[p.position])  # type: ignore[index]
+            for c in self._constants
+        ]
+        self._seen = tuple(arguments[i] for i in self._watched)
+        self._versions = tuple(version(t) for t in self._seen)
+
+    def inputs(self, arguments: Sequence[Any]) -> list[Any]:
+        """The flat inputs of the compiled graph."""
+        return [*(arguments[i] for i in self._positions), *self._packed]
+
+    def __call__(self, *arguments: Any) -> Any:
+        for position, tensor, seen in zip(self._watched, self._seen, self._versions):
+            if arguments[position] is not tensor or version(tensor) != seen:
+                self._pack(arguments)
+                break
+        result = self.function(*self.inputs(arguments))
+        if self._after_first_run is not None:
+            self._after_first_run()
+            self._versions = tuple(version(t) for t in self._seen)
+            self._after_first_run = None
+        if self._counts_overflow:
+            *result, overflow = result
+            self._count(overflow)
+        return result
+
+    def _count(self, overflow: Tensor) -> None:
+        """Add up on the device: no synchronization, and a CUDA graph may reuse the memory of `overflow`."""
+        if self._overflow is None:
+            self._overflow = torch.zeros_like(overflow, dtype=torch.int64)
+        self._overflow.add_(overflow)
+
+    def overflow(self) -> int:
+        """Outlier columns without a place, over all calls so far."""
+        return 0 if self._overflow is None else int(self._overflow)
+
+    def reads_any(self, parameters: set[int]) -> bool:
+        """True when one of these parameters (by id) goes into the graph."""
+        return any(id(t) in parameters for t in self._seen)
+
+
+def _not_compiled(*arguments: Any) -> Any:
+    raise RuntimeError("called before compile_with_inductor")
+
+
+def mark_placeholders(program: Program, gm: fx.GraphModule) -> None:
+    """Give surviving inputs Dynamo's source and metadata, and the module the keys by which AOT knows Dynamo's graphs."""
+    placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+    for node, position in zip(placeholders, program.placeholders):
+        origin = program.origins[position]
+        node.meta.update({k: origin.meta[k] for k in ("tensor_dict", "grapharg", "example_value") if k in origin.meta})
+        node._dynamo_source = origin._dynamo_source  # type: ignore[attr-defined]
+    program.gm.meta.update(gm.meta)
+    program.gm._param_name_to_source = dict(getattr(gm, "_param_name_to_source", None) or {})  # type: ignore[assignment]
+
+
+def compile_with_inductor(program: Program, inputs: Sequence[Any], config: dict[str, Any]) -> Callable[..., Any]:
+    """Inductor on the lowered graph; `config` patches its configuration for this compilation only."""
+    program.graph.eliminate_dead_code()
+    program.graph.lint()
+    program.gm.recompile()
+    with torch.no_grad():
+        return compile_fx(program.gm, list(inputs), config_patches=config)

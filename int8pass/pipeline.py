@@ -1,0 +1,83 @@
+"""The project, in order.
+
+    torch.compile ─┐                                                       ┌─ fuse ─ lower ─ Inductor      (run)
+                   ├ capture ─ normalize ─ match ─ smooth ─ quantize ──────┤
+    torch.export  ─┘                                                       └─ inspect ─ text               (see)
+
+Every stage says in its module what it requires and ensures; `dialect.check` asserts it after each.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from int8pass.capture import Program
+from int8pass.fuse import fuse
+from int8pass.graph import dialect
+from int8pass.graph.rewrite import RewriteLog
+from int8pass.lower import choose_implementations
+from int8pass.match import Matches, match
+from int8pass.normalize import normalize
+from int8pass.quantize import Quantized, quantize, scheme_for
+from int8pass.recipe import Recipe
+from int8pass.smooth import Smoothing, smooth
+
+
+@dataclass
+class Facts:
+    """What happened to one graph, stage by stage; the report is made from these."""
+
+    normalized: RewriteLog = field(default_factory=RewriteLog)
+    matches: Matches = field(default_factory=lambda: Matches((), ()))
+    smoothing: Smoothing = field(default_factory=lambda: Smoothing({}, {}))
+    quantized: list[Quantized] = field(default_factory=list)
+    overflows: list[fx.Node] = field(default_factory=list)
+    fused: RewriteLog = field(default_factory=RewriteLog)
+    implementations: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """(op, implementation) → nodes"""
+
+    def implementations_of(self, op: str) -> tuple[str, ...]:
+        """Names of the implementations chosen for an op in this graph."""
+        return tuple(sorted(name for kind, name in self.implementations if kind == op))
+
+
+Watch = Callable[[str, Program], None]
+
+
+def to_portable(program: Program, recipe: Recipe, watch: Watch = lambda stage, program: None) -> Facts:
+    """Capture's program → portable form, in place. `watch` sees the program after every stage."""
+    facts = Facts()
+    dialect.check(program, "captured")
+    watch("captured", program)
+    facts.normalized = normalize(program)
+    dialect.check(program, "normalized")
+    watch("normalized", program)
+    facts.matches = match(program, recipe)
+    facts.smoothing = smooth(program, facts.matches.sites, _smoothing_thresholds(facts.matches, recipe))
+    watch("smoothed", program)
+    facts.quantized, facts.overflows = quantize(program, facts.matches, recipe, facts.smoothing.vectors)
+    dialect.check(program, "portable")
+    watch("portable", program)
+    return facts
+
+
+def _smoothing_thresholds(matches: Matches, recipe: Recipe) -> dict[str, float]:
+    """Sites to smooth. By the recipe's scheme, not by the one of this graph: all graphs of a model share weights."""
+    schemes = {site.name: recipe.at(site.name).scheme for site in matches.sites}
+    return {name: s.smoothing_threshold for name, s in schemes.items() if s is not None and s.smoothing == "outliers"}
+
+
+def to_lowered(program: Program, facts: Facts, watch: Watch = lambda stage, program: None) -> None:
+    """Portable form → implementations for the device of its tensors, in place."""
+    facts.fused = fuse(program)
+    dialect.check(program, "fused")
+    watch("fused", program)
+    facts.implementations = choose_implementations(program)
+    watch("lowered", program)
+
+
+__all__ = ["Facts", "scheme_for", "to_lowered", "to_portable"]

@@ -1,0 +1,56 @@
+"""Quantization arithmetic, apart from graphs and devices.
+
+Conventions (shared by every reference, kernel and exporter):
+
+* weights: symmetric per output channel, `scale[N] = absmax / 127`, codes in [-127, 127];
+* activations: per token (one scale per row of K channels), symmetric or affine;
+* rounding is to nearest, ties to even; scales are fp32; products accumulate in int32.
+
+Sources: LLM.int8() (arXiv 2208.07339, section 3: vector-wise quantization) for the symmetric form;
+Jacob et al. (arXiv 1712.05877, section 2.1) for the affine one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+INT8_MAX = 127
+INT8_MIN = -128
+
+# Below this absmax a row counts as zero: 127 / absmax would overflow fp32 for a subnormal row. A NaN row stays NaN.
+SMALLEST_ABSMAX = 1e-30
+
+
+def symmetric_scale(absmax: Tensor) -> Tensor:
+    """`absmax / 127`, never zero. fp32 in, fp32 out, any shape."""
+    return absmax.clamp_min(SMALLEST_ABSMAX) / INT8_MAX
+
+
+def quantize_symmetric(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of `x[..., K]` → int8 codes `[..., K]` and fp32 scales `[..., 1]`; error ≤ scale / 2 per element."""
+    x = x.float()
+    scale = symmetric_scale(x.abs().amax(-1, keepdim=True))
+    # A reciprocal and a product: what a kernel does. Half-even rounding; |x / scale| ≤ 127 needs no clamp.
+    return torch.round(x * scale.reciprocal()).to(torch.int8), scale
+
+
+def quantize_affine(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of `x[..., K]` → int8 codes, fp32 scales `[..., 1]` and int32 zero points `[..., 1]`.
+
+    The range is widened to contain 0, so that 0 stays exact and a constant row has a scale.
+    """
+    x = x.float()
+    low = x.amin(-1, keepdim=True).clamp_max(0.0)
+    high = x.amax(-1, keepdim=True).clamp_min(0.0)
+    scale = (high - low).clamp_min(SMALLEST_ABSMAX) / (INT8_MAX - INT8_MIN)
+    inverse = scale.reciprocal()
+    zero_point = torch.round(INT8_MIN - low * inverse)
+    codes = torch.round(x * inverse) + zero_point
+    return codes.clamp(INT8_MIN, INT8_MAX).to(torch.int8), scale, zero_point.to(torch.int32)
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`weight[N, K]` → int8 `[N, K]` row-major and fp32 scales `[N]`, one per output channel."""
+    codes, scale = quantize_symmetric(weight.detach())
+    return codes.contiguous(), scale.squeeze(-1)

@@ -1,0 +1,98 @@
+"""Linear layers on int8 weights `[N, K]`: int8 activations (W8A8, with outliers) and float activations (W8A16)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lowering import numerics
+from lowering.registry import Sample, Tolerance, op, random_tensor
+
+
+def w8a8_samples(device: torch.device) -> Iterator[Sample]:
+    """Decode and prefill rows, odd sizes, bias, zero points, float and int8 outlier columns, all output dtypes."""
+    for label, (m, n, k), dtype in [
+        ("decode", (1, 64, 128), torch.float32),
+        ("prefill", (130, 96, 192), torch.bfloat16),
+        ("odd", (17, 7, 123), torch.float32),
+        ("tiny", (2, 1, 1), torch.float32),
+        ("wide", (33, 320, 576), torch.float16),
+    ]:
+        x = random_tensor(m, k, device=device)
+        w = random_tensor(n, k, device=device, seed=1)
+        weight, weight_scale = numerics.quantize_weight(w)
+        weight_sum = weight.sum(1, dtype=torch.int32)
+        bias = random_tensor(n, device=device, seed=2).to(dtype)
+        codes, scale = numerics.quantize_symmetric(x)
+        yield Sample(f"{label}-sym", (codes, scale, None, weight, weight_scale, None, None, None, None, dtype))
+        acodes, ascale, zero = numerics.quantize_affine(x)
+        affine = (acodes, ascale, zero, weight, weight_scale, weight_sum, bias)
+        yield Sample(f"{label}-affine-bias", (*affine, None, None, dtype))
+        if k < 8:
+            continue
+        columns = torch.tensor([0, 1, 5], device=device)
+        outliers = x[:, columns].to(dtype)
+        yield Sample(f"{label}-float-outliers", (*affine, outliers, w[:, columns].to(dtype).contiguous(), dtype))
+        yield Sample(f"{label}-int8-outliers", (*affine, outliers, weight[:, columns].contiguous(), dtype))
+    codes3 = random_tensor(2, 3, 64, device=device).clamp(-3, 3).mul(40).to(torch.int8)
+    scale3 = torch.full((2, 3, 1), 0.01, device=device)
+    weight, weight_scale = numerics.quantize_weight(random_tensor(16, 64, device=device))
+    yield Sample("rank3", (codes3, scale3, None, weight, weight_scale, None, None, None, None, torch.float32))
+
+
+@op(samples=w8a8_samples, tolerance=Tolerance(rtol=2e-5, atol=2e-5))
+def linear_w8a8(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor | None,
+    bias: Tensor | None,
+    outliers: Tensor | None,
+    outlier_weight: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`y[..., N] = ((codes - zero_point)[..., K] @ weight[N, K]ᵀ) · scale · weight_scale + bias + outlier part`.
+
+    The product accumulates in int32; the zero point is corrected exactly there by `weight_sum[N] = Σ_k weight[n, k]`
+    (int32). The outlier part is `outliers[..., R] @ outlier_weight[N, R]ᵀ`; int8 outlier weights are columns of `weight`
+    and take its scale, as in LLM.int8() (arXiv 2208.07339, equation 8). Computed in fp32, rounded once to `dtype`.
+    """
+    # float64 holds every int32 sum exactly, and unlike an int32 matmul it exists on every device.
+    acc = codes.double() @ weight.double().t()
+    if zero_point is not None:
+        assert weight_sum is not None
+        acc = acc - zero_point.double() * weight_sum.double()
+    y = acc.float() * scale * weight_scale
+    if outliers is not None:
+        assert outlier_weight is not None
+        part = outliers.float() @ outlier_weight.float().t()
+        y = y + (part * weight_scale if outlier_weight.dtype == torch.int8 else part)
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(dtype)
+
+
+def w8a16_samples(device: torch.device) -> Iterator[Sample]:
+    """One row and many, odd sizes, with and without bias."""
+    for label, (m, n, k), dtype in [
+        ("decode", (1, 64, 128), torch.float32),
+        ("decode_bf16", (1, 96, 576), torch.bfloat16),
+        ("prefill_bf16", (33, 64, 192), torch.bfloat16),
+        ("odd", (3, 7, 123), torch.float32),
+        ("tiny", (2, 1, 1), torch.float16),
+    ]:
+        x = random_tensor(m, k, device=device, dtype=dtype)
+        weight, weight_scale = numerics.quantize_weight(random_tensor(n, k, device=device, seed=1))
+        yield Sample(label, (x, weight, weight_scale, None))
+        yield Sample(f"{label}-bias", (x[None], weight, weight_scale, random_tensor(n, device=device).to(dtype)))
+
+
+@op(samples=w8a16_samples, tolerance=Tolerance(rtol=2e-5, atol=2e-5))
+def linear_w8a16(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Weight-only int8: `y[..., N] = (x[..., K] @ weight[N, K]ᵀ) · weight_scale[N] + bias`, in fp32, as `x.dtype`."""
+    y = (x.float() @ weight.float().t()) * weight_scale
+    return (y if bias is None else y + bias.float()).to(x.dtype)

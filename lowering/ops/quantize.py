@@ -1,0 +1,159 @@
+"""Quantize, dequantize and outlier split of activations; dequantize of weights.
+
+The portable form of a graph is written in `quantize_per_token`, `dequantize`, `dequantize_weight`, `outlier_split` and
+`outlier_split_dynamic`; `split_quantize` and `split_quantize_dynamic` are their fused forms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lowering import numerics
+from lowering.registry import Sample, Tolerance, op, random_tensor
+
+
+def _zero_points_like(scale: Tensor) -> Tensor:
+    return torch.zeros_like(scale, dtype=torch.int32)
+
+
+def row_samples(device: torch.device) -> Iterator[Sample]:
+    """Odd and even rows, rank 2 and 3, symmetric and affine, a zero row, a strided view."""
+    for label, shape, dtype in [
+        ("2d", (17, 64), torch.float32),
+        ("odd", (3, 123), torch.float32),
+        ("one", (1, 7), torch.float32),
+        ("3d_bf16", (2, 5, 576), torch.bfloat16),
+        ("wide_f16", (4, 1536), torch.float16),
+    ]:
+        for symmetric in (True, False):
+            x = random_tensor(*shape, device=device, dtype=dtype)
+            x[..., 0, :] = 0  # a row with no range
+            yield Sample(f"{label}-{'sym' if symmetric else 'affine'}", (x, symmetric))
+    strided = random_tensor(6, 256, device=device)[:, 64:192]
+    yield Sample("strided-affine", (strided, False))
+    yield Sample("expanded-sym", (random_tensor(1, 64, device=device).expand(5, 64), True))
+
+
+@op(samples=row_samples, tolerance=Tolerance(codes=1, rtol=1e-6, atol=0.0))
+def quantize_per_token(x: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """One scale per row of `x[..., K]`: int8 codes `[..., K]`, fp32 scale and int32 zero point `[..., 1]`.
+
+    `x ≈ (codes - zero_point) · scale` within scale / 2. Symmetric codes have zero point 0. A row with NaN gets a NaN
+    scale, so that NaN goes through to the result.
+    """
+    if symmetric:
+        codes, scale = numerics.quantize_symmetric(x)
+        return codes, scale, _zero_points_like(scale)
+    return numerics.quantize_affine(x)
+
+
+def _dequantize_samples(device: torch.device) -> Iterator[Sample]:
+    for sample in row_samples(device):
+        x, symmetric = sample.args
+        codes, scale, zero_point = quantize_per_token.reference(x, symmetric)
+        yield Sample(sample.label, (codes, scale, None if symmetric else zero_point, x.dtype))
+
+
+@op(samples=_dequantize_samples, tolerance=Tolerance(rtol=1e-6))
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`(codes[..., K] - zero_point[..., 1]) · scale[..., 1]`, computed in fp32, as `dtype`. None means zero point 0."""
+    centred = codes.float() if zero_point is None else codes.float() - zero_point
+    return (centred * scale).to(dtype)
+
+
+def _weight_samples(device: torch.device) -> Iterator[Sample]:
+    for label, (n, k), dtype in [("f32", (48, 64), torch.float32), ("odd_bf16", (7, 123), torch.bfloat16)]:
+        codes, scale = numerics.quantize_weight(random_tensor(n, k, device=device))
+        yield Sample(label, (codes, scale, dtype))
+
+
+@op(samples=_weight_samples, tolerance=Tolerance(rtol=1e-6))
+def dequantize_weight(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`codes[N, K] · scale[N, None]` as `dtype`."""
+    return (codes.float() * scale.unsqueeze(-1)).to(dtype)
+
+
+def _static_split_samples(device: torch.device) -> Iterator[Sample]:
+    for label, shape, dtype in [("2d", (17, 64), torch.float32), ("3d_bf16", (2, 3, 123), torch.bfloat16)]:
+        columns = torch.tensor([1, 5, shape[-1] - 1], device=device)
+        yield Sample(label, (random_tensor(*shape, device=device, dtype=dtype), columns))
+
+
+def _zero_columns(x: Tensor, columns: Tensor, taken: Tensor) -> Tensor:
+    """`x` with `columns[i]` set to 0 where `taken[i]`. A mask, not an indexed write: it fuses into what follows."""
+    removed = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device).scatter(0, columns, taken)
+    return torch.where(removed, torch.zeros((), dtype=x.dtype, device=x.device), x)
+
+
+@op(samples=_static_split_samples, tolerance=Tolerance(rtol=0.0, atol=0.0))
+def outlier_split(x: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """`x[..., K]`, `columns[R]` int64 → inliers (`x` with those columns 0) and outliers `x[..., columns]`.
+
+    Mixed-precision decomposition of LLM.int8() (arXiv 2208.07339, section 3.2) with a set chosen in calibration.
+    """
+    return _zero_columns(x, columns, torch.ones_like(columns, dtype=torch.bool)), x[..., columns]
+
+
+def _dynamic_split_samples(device: torch.device) -> Iterator[Sample]:
+    for label, shape, capacity, threshold in [
+        ("top", (17, 64), 8, 0.0),
+        ("threshold", (2, 9, 96), 16, 6.0),
+        ("overflow", (32, 64), 2, 1.0),
+        ("all", (3, 5), 8, 0.0),
+        ("no_rows", (0, 32), 4, 6.0),
+    ]:
+        yield Sample(label, (random_tensor(*shape, device=device), capacity, threshold))
+
+
+@op(samples=_dynamic_split_samples, tolerance=Tolerance(rtol=0.0, atol=0.0))
+def outlier_split_dynamic(x: Tensor, capacity: int, threshold: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Split by the columns of this call: `x[..., K]` → inliers, outliers `[..., R]`, columns `[R]`, overflow `[]`.
+
+    A column is an outlier when its absmax over *all* tokens of the call exceeds `threshold` (6.0 in arXiv 2208.07339,
+    section 3.2); 0 takes the largest columns whatever their size. Shapes stay static: R = min(capacity, K) columns of
+    largest absmax are gathered, and those not above the threshold keep their values in `inliers` and are 0 in
+    `outliers`. `overflow` (int32) counts the columns above the threshold that found no place; they stay in the int8
+    part and only enlarge its scales.
+    """
+    width = x.shape[-1]
+    if x.numel() == 0:  # no token, no outlier; amax over no rows is an error
+        absmax = x.new_zeros(width)
+    else:
+        absmax = x.abs().reshape(-1, width).amax(0)
+    values, columns = torch.topk(absmax, min(capacity, width))
+    taken = values > threshold
+    outliers = torch.where(taken, x[..., columns], torch.zeros((), dtype=x.dtype, device=x.device))
+    overflow = ((absmax > threshold).sum() - taken.sum()).to(torch.int32)
+    if threshold <= 0.0:
+        overflow = torch.zeros_like(overflow)
+    return _zero_columns(x, columns, taken), outliers, columns, overflow
+
+
+def _split_quantize_samples(device: torch.device) -> Iterator[Sample]:
+    for sample in _static_split_samples(device):
+        for symmetric in (True, False):
+            yield Sample(f"{sample.label}-{'sym' if symmetric else 'affine'}", (*sample.args, symmetric))
+
+
+@op(samples=_split_quantize_samples, tolerance=Tolerance(codes=1, rtol=1e-6, atol=0.0))
+def split_quantize(x: Tensor, columns: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`outlier_split` then `quantize_per_token` of the inliers → codes, scale, zero point, outliers."""
+    inliers, outliers = outlier_split.reference(x, columns)
+    return (*quantize_per_token.reference(inliers, symmetric), outliers)
+
+
+def _split_quantize_dynamic_samples(device: torch.device) -> Iterator[Sample]:
+    for sample in _dynamic_split_samples(device):
+        yield Sample(f"{sample.label}-affine", (*sample.args, False))
+
+
+@op(samples=_split_quantize_dynamic_samples, tolerance=Tolerance(codes=1, rtol=1e-6, atol=0.0))
+def split_quantize_dynamic(
+    x: Tensor, capacity: int, threshold: float, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`outlier_split_dynamic` then `quantize_per_token` → codes, scale, zero point, outliers, columns, overflow."""
+    inliers, outliers, columns, overflow = outlier_split_dynamic.reference(x, capacity, threshold)
+    return (*quantize_per_token.reference(inliers, symmetric), outliers, columns, overflow)

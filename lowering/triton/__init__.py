@@ -1,0 +1,13 @@
+"""Triton implementations of the ops that remain in a lowered GPU graph. Importing them needs Triton, not a GPU."""
+
+try:
+    import triton as _triton  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "lowering.triton needs the 'triton' package, which torch's CUDA wheels bring along (without one: "
+        "pip install triton). Only compiling for a GPU needs it."
+    ) from error
+
+from lowering.triton import act, linear, norm, quantize
+
+__all__ = ["act", "linear", "norm", "quantize"]

@@ -1,0 +1,103 @@
+"""What the host side of every kernel shares: registration, views of the arguments, and when a kernel takes them.
+
+Every host wrapper is a `torch.library.triton_op`, not an opaque `custom_op`: AOTAutograd and Inductor then see the
+kernel launches and the small tensor code around them, so buffers are planned, unused outputs are dropped, the rest
+fuses with its neighbours, no dispatcher runs per call, and shapes of fake tensors come from the wrapper itself.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+NAMESPACE = "int8pass_triton"
+
+# Triton's interpreter multiplies the raw bits of bf16 operands in `tl.dot`, and truncates where a GPU rounds to bf16:
+# kernels work around both when this is set.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# A row of up to this many elements stays in registers; a longer one is read in pieces, once per pass.
+MAX_BLOCK, PIECE = 16384, 4096
+# Rows assumed for a symbolic size without a hint: a wrong guess costs time, never correctness.
+UNKNOWN_ROWS = 4096
+
+
+@triton.jit
+def rounded(y, element: tl.constexpr):
+    """fp32 `y` as `element`, rounded to nearest, ties to even."""
+    if INTERPRETED and element == tl.bfloat16:
+        bits = y.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        y = tl.where(y == y, bits.to(tl.float32, bitcast=True), y)
+    return y.to(element)
+
+
+def traceable(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Register a host wrapper as the operator `int8pass_triton::<its name>`; the result keeps name and signature."""
+    operator = torch.library.triton_op(f"{NAMESPACE}::{function.__name__}", mutates_args=())(function)
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        return operator(*args)
+
+    call.overload = operator._opoverload  # type: ignore[attr-defined]
+    return call
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """`torch.library.wrap_triton`, except for interpreted kernels, which nothing traces.
+
+    It keeps that name: torch finds the kernels whose source belongs in its cache keys by looking for calls of it.
+    """
+    return torch.library.wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """`x[..., K]` as `[M, K]` with adjacent elements in a row; rows may have any stride, so views stay views."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def per_row(value: Tensor, x: Tensor) -> Tensor:
+    """One value per row, `[..., 1]` (or broadcast to it), as `[M]` with any stride."""
+    return value.expand(*x.shape[:-1], 1).reshape(-1)
+
+
+def empty(m: Any) -> bool:
+    """True when `m` rows are known to be none; a symbolic size is never asked (that would be a guard)."""
+    return isinstance(m, int) and m == 0
+
+
+def expected_rows(m: Any) -> int:
+    """A number to choose a tile by: `m` itself, or the hint of a symbolic size, which adds no guard."""
+    if isinstance(m, int):
+        return m
+    return int(m.node.hint) if m.node.has_hint() and isinstance(m.node.hint, int) else UNKNOWN_ROWS
+
+
+def row_block(k: int) -> tuple[int, int]:
+    """Elements of a row held at once and warps to hold them, 16 to 32 elements a thread."""
+    block = triton.next_power_of_2(k)
+    if block > MAX_BLOCK:
+        block = PIECE
+    return block, max(1, min(16, block // 512))
+
+
+def takes_rows(*tensors: Tensor | None) -> bool | str:
+    """The condition of the row kernels: 16 and 32-bit floats whose last size is a number."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.dtype not in FLOATS:
+            return f"the Triton kernels take float32, bfloat16 and float16, not {tensor.dtype}"
+        if tensor.dim() == 0 or not isinstance(tensor.shape[-1], int) or tensor.shape[-1] == 0:
+            return "the Triton kernels need a last dimension of fixed size, at least 1"
+    return True

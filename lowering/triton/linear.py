@@ -1,0 +1,350 @@
+"""Linear layers on int8 weights: int8 × int8 on tensor cores (W8A8) and float × int8 (W8A16).
+
+W8A8 accumulates in int32 and finishes each tile in fp32: zero point, row and channel scale, outlier columns, bias, one
+rounding. Tiles of 64 rows and more use Hopper's warpgroup instruction, fewer rows the 16-row one of every chip since
+Turing. Row and column indices are clamped instead of masked: a tile's edge computes a row twice and does not store it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lowering.ops.linear import linear_w8a8, linear_w8a16
+from lowering.triton.launch import (
+    FLOATS,
+    INTERPRETED,
+    as_rows,
+    empty,
+    expected_rows,
+    per_row,
+    rounded,
+    traceable,
+    wrap_triton,
+)
+
+GROUP_M = 8
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows, channels and depth of one program's tile, its warps and the depth of its software pipeline."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+# (up to this many rows, tile): starting points for one H100, see benchmarks; other chips get fewer stages where
+# shared memory is smaller.
+Tiles = tuple[tuple[float, Tile], ...]
+W8A8_TILES: Tiles = (
+    (16, Tile(16, 32, 256, 4, 5)),
+    (32, Tile(32, 64, 256, 4, 5)),
+    (64, Tile(64, 32, 256, 4, 5)),
+    (128, Tile(64, 64, 256, 4, 5)),
+    (1024, Tile(128, 128, 128, 8, 3)),
+    (math.inf, Tile(128, 256, 128, 8, 3)),
+)
+# fp32 outliers take part without tensor cores (they have no full fp32 product), which needs registers.
+W8A8_FP32_OUTLIER_TILES: Tiles = (
+    (16, Tile(16, 32, 256, 4, 4)),
+    (math.inf, Tile(64, 64, 128, 4, 4)),
+)
+W8A16_TILES: Tiles = (
+    (16, Tile(16, 32, 256, 4, 4)),
+    (64, Tile(64, 64, 128, 4, 4)),
+    (math.inf, Tile(128, 128, 64, 8, 3)),
+)
+W8A16_FP32_TILES: Tiles = (
+    (16, Tile(16, 32, 64, 4, 3)),
+    (math.inf, Tile(64, 64, 32, 8, 3)),
+)
+GEMV_ROWS, GEMV_BLOCK = 8, 512
+
+# Codes of 8 bits with a zero point reach 255 · 127 a product: beyond this depth an int32 sum may overflow.
+MAX_K = (2**31 - 1) // (255 * 127)
+
+
+@triton.jit
+def tile_position(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """Tile coordinates of this program: groups of `GROUP` tile rows go through the columns together, for the L2."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    program = tl.program_id(0)
+    in_group = GROUP * tiles_n
+    first = (program // in_group) * GROUP
+    size = tl.minimum(tiles_m - first, GROUP)
+    return first + (program % in_group) % size, (program % in_group) // size
+
+
+@triton.jit
+def add_outliers(y, outliers, outlier_weight, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """`y + outliers @ outlier_weightᵀ` in fp32, given pointers to rows of `R`; int8 weights are exact in any float."""
+    element = outliers.dtype.element_ty
+    kind = outlier_weight.dtype.element_ty
+    for start in range(0, R, BLOCK_R):
+        r = start + tl.arange(0, BLOCK_R)
+        o = tl.load(outliers + r[None, :], mask=(r < R)[None, :], other=0.0)
+        w = tl.load(outlier_weight + r[None, :], mask=(r < R)[None, :], other=0)
+        if INTERPRETED or (kind != element and kind != tl.int8):
+            y = tl.dot(o.to(tl.float32), w.to(tl.float32).T, y, input_precision="ieee")
+        else:
+            y = tl.dot(o, w.to(element).T, y, input_precision="ieee")
+    return y
+
+
+@triton.jit
+def store_tile(out, y, first_m, first_n, m, n, rows_left, cols_left, N):
+    """Round a tile once and write the part of it that exists."""
+    pointers = out + first_m * N + first_n + (m[:, None] * N + n[None, :])
+    tl.store(pointers, rounded(y, out.dtype.element_ty), mask=(m < rows_left)[:, None] & (n < cols_left)[None, :])
+
+
+@triton.jit
+def _linear_w8a8_kernel(
+    codes, codes_stride, scale, scale_stride, zero_point, zero_point_stride,
+    weight, weight_stride, weight_scale, weight_sum, bias,
+    outliers, outlier_stride, outlier_weight, outlier_weight_stride, out, M, N,
+    K: tl.constexpr, R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    tile_m, tile_n = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP)
+    # int64 for the tile's corner only (large tensors exceed 2^31 elements); offsets inside a tile fit int32.
+    first_m = (tile_m * BLOCK_M).to(tl.int64)
+    first_n = (tile_n * BLOCK_N).to(tl.int64)
+    m = tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    rows = tl.minimum(m, M - tile_m * BLOCK_M - 1)
+    cols = tl.minimum(n, N - tile_n * BLOCK_N - 1)
+    depth = tl.arange(0, BLOCK_K)
+    a_pointers = codes + first_m * codes_stride + (rows[:, None] * codes_stride + depth[None, :])
+    w_pointers = weight + first_n * weight_stride + (cols[:, None] * weight_stride + depth[None, :])
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.int32)
+    for start in range(0, K, BLOCK_K):
+        if K % BLOCK_K == 0:
+            a = tl.load(a_pointers)
+            w = tl.load(w_pointers)
+        else:
+            inside = (depth < K - start)[None, :]
+            a = tl.load(a_pointers, mask=inside, other=0)
+            w = tl.load(w_pointers, mask=inside, other=0)
+        acc = tl.dot(a, w.T, acc, out_dtype=tl.int32)
+        a_pointers += BLOCK_K
+        w_pointers += BLOCK_K
+    if zero_point is not None:
+        zero = tl.load(zero_point + first_m * zero_point_stride + rows * zero_point_stride)
+        acc -= zero[:, None] * tl.load(weight_sum + first_n + cols)[None, :]
+    channel = tl.load(weight_scale + first_n + cols)[None, :]
+    y = acc.to(tl.float32) * tl.load(scale + first_m * scale_stride + rows * scale_stride)[:, None]
+    if R == 0:
+        y *= channel
+    else:
+        o_pointers = outliers + first_m * outlier_stride + rows[:, None] * outlier_stride
+        ow_pointers = outlier_weight + first_n * outlier_weight_stride + cols[:, None] * outlier_weight_stride
+        if outlier_weight.dtype.element_ty == tl.int8:
+            # Both parts share the channel's scale.
+            y = add_outliers(y, o_pointers, ow_pointers, R, BLOCK_R) * channel
+        else:
+            y = add_outliers(y * channel, o_pointers, ow_pointers, R, BLOCK_R)
+    if bias is not None:
+        y += tl.load(bias + first_n + cols).to(tl.float32)[None, :]
+    store_tile(out, y, first_m, first_n, m, n, M - tile_m * BLOCK_M, N - tile_n * BLOCK_N, N)
+
+
+@triton.jit
+def _linear_w8a16_kernel(
+    x, x_stride, weight, weight_stride, weight_scale, bias, out, M, N,
+    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    tile_m, tile_n = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP)
+    first_m = (tile_m * BLOCK_M).to(tl.int64)
+    first_n = (tile_n * BLOCK_N).to(tl.int64)
+    m = tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    rows = tl.minimum(m, M - tile_m * BLOCK_M - 1)
+    cols = tl.minimum(n, N - tile_n * BLOCK_N - 1)
+    depth = tl.arange(0, BLOCK_K)
+    x_pointers = x + first_m * x_stride + (rows[:, None] * x_stride + depth[None, :])
+    w_pointers = weight + first_n * weight_stride + (cols[:, None] * weight_stride + depth[None, :])
+    y = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        if K % BLOCK_K == 0:
+            a = tl.load(x_pointers)
+            w = tl.load(w_pointers)
+        else:
+            inside = (depth < K - start)[None, :]
+            a = tl.load(x_pointers, mask=inside, other=0.0)
+            w = tl.load(w_pointers, mask=inside, other=0)
+        # A code fits bf16 and fp16 exactly; the channel's scale comes after the sum.
+        if INTERPRETED:
+            y = tl.dot(a.to(tl.float32), w.to(tl.float32).T, y, input_precision="ieee")
+        else:
+            y = tl.dot(a, w.to(x.dtype.element_ty).T, y, input_precision="ieee")
+        x_pointers += BLOCK_K
+        w_pointers += BLOCK_K
+    y *= tl.load(weight_scale + first_n + cols)[None, :]
+    if bias is not None:
+        y += tl.load(bias + first_n + cols).to(tl.float32)[None, :]
+    store_tile(out, y, first_m, first_n, m, n, M - tile_m * BLOCK_M, N - tile_n * BLOCK_N, N)
+
+
+@triton.jit
+def _gemv_w8a16_kernel(
+    x, weight, weight_stride, weight_scale, bias, out, N,
+    K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One row of `x`: no tensor core, each program streams `BLOCK_N` rows of the weight."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = tl.minimum(n, N - 1).to(tl.int64)
+    total = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        depth = start + tl.arange(0, BLOCK_K)
+        a = tl.load(x + depth, mask=depth < K, other=0.0).to(tl.float32)
+        w = tl.load(weight + cols[:, None] * weight_stride + depth[None, :], mask=(depth < K)[None, :], other=0)
+        total += a[None, :] * w.to(tl.float32)
+    y = tl.sum(total, 1) * tl.load(weight_scale + cols)
+    if bias is not None:
+        y += tl.load(bias + cols).to(tl.float32)
+    tl.store(out + n, rounded(y, out.dtype.element_ty), mask=n < N)
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory one program may use; an H100's where there is no GPU to ask."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 227 * 1024
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 * 1024))
+
+
+def choose_tile(
+    tiles: Tiles, rows: int, k: int, bytes_per_k: tuple[int, int], shared: int, narrow: bool = False
+) -> Tile:
+    """The table's tile for `rows`, fitted to `k`, with as many stages as `shared` bytes hold.
+
+    The depth is the largest that divides `k` (no masks in the loop) or, where none from 64 up does, that covers it.
+    `bytes_per_k` are the sizes of one element of the left and of the right operand; `narrow` asks for at most 128
+    channels, to leave registers to something else.
+    """
+    tile = next(tile for up_to, tile in tiles if rows <= up_to)
+    depth = tile.k
+    while k % depth and depth > 64:
+        depth //= 2
+    if k % depth:
+        depth, narrow = max(32, min(tile.k, triton.next_power_of_2(k))), True  # masks take registers
+    width = min(tile.n, 128) if narrow else tile.n
+    stage = (tile.m * bytes_per_k[0] + width * bytes_per_k[1]) * depth
+    return replace(tile, n=width, k=depth, stages=max(1, min(tile.stages, shared // stage)))
+
+
+def _count(size: int, tile: int) -> int:
+    """Tiles that cover `size`, also a symbolic one."""
+    return (size + tile - 1) // tile
+
+
+def _weight_rows(weight: Tensor) -> Tensor:
+    return weight if weight.stride(-1) == 1 else weight.contiguous()
+
+
+def _fits_w8a8(codes: Tensor, *rest: object) -> bool | str:
+    outliers, dtype = rest[6], rest[8]
+    if dtype not in FLOATS or (isinstance(outliers, Tensor) and outliers.dtype not in FLOATS):
+        return "the Triton kernels take float32, bfloat16 and float16"
+    return _fits_depth(codes)
+
+
+def _fits_w8a16(x: Tensor, *rest: object) -> bool | str:
+    return _fits_depth(x) if x.dtype in FLOATS else "the Triton kernels take float32, bfloat16 and float16"
+
+
+def _fits_depth(x: Tensor) -> bool | str:
+    k = x.shape[-1]
+    if not isinstance(k, int) or k == 0:
+        return "the Triton kernels need a last dimension of fixed size, at least 1"
+    return k <= MAX_K or f"{k} input channels may overflow an int32 sum (at most {MAX_K})"
+
+
+@linear_w8a8.impl("triton", when=_fits_w8a8)
+@traceable
+def linear_w8a8_tiles(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor | None,
+    bias: Tensor | None,
+    outliers: Tensor | None,
+    outlier_weight: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """One launch: int32 product and everything after it."""
+    rows = as_rows(codes)
+    m, k = rows.shape
+    n = weight.shape[0]
+    out = torch.empty((*codes.shape[:-1], n), dtype=dtype, device=codes.device)
+    if empty(m) or empty(n):
+        return out
+    weight, scales = _weight_rows(weight), per_row(scale, codes)
+    zeros = sums = None
+    if zero_point is not None:
+        assert weight_sum is not None
+        zeros, sums = per_row(zero_point, codes), weight_sum.contiguous()
+    r, tiles, narrow = 0, W8A8_TILES, False
+    if outliers is not None and outliers.shape[-1] > 0:
+        assert outlier_weight is not None
+        outliers, outlier_weight, r = as_rows(outliers), _weight_rows(outlier_weight), outliers.shape[-1]
+        narrow = outlier_weight.dtype == torch.int8
+        if torch.float32 in (outliers.dtype, outlier_weight.dtype):
+            tiles = W8A8_FP32_OUTLIER_TILES
+    else:
+        outliers = outlier_weight = None
+    tile = choose_tile(tiles, expected_rows(m), k, (1, 1), _shared_memory(codes.device), narrow)
+    wrap_triton(_linear_w8a8_kernel)[(_count(m, tile.m) * _count(n, tile.n),)](
+        rows, rows.stride(0), scales, scales.stride(0), zeros, 0 if zeros is None else zeros.stride(0),
+        weight, weight.stride(0), weight_scale.contiguous(), sums, None if bias is None else bias.contiguous(),
+        outliers, 0 if outliers is None else outliers.stride(0),
+        outlier_weight, 0 if outlier_weight is None else outlier_weight.stride(0), out, m, n,
+        K=k, R=r, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_R=16 if r <= 16 else 32, GROUP=GROUP_M,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out
+
+
+@linear_w8a16.impl("triton", when=_fits_w8a16)
+@traceable
+def linear_w8a16_tiles(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """One launch: a product without tensor cores for a single row, else the weight tile widened to the type of `x`."""
+    rows = as_rows(x)
+    m, k = rows.shape
+    n = weight.shape[0]
+    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+    if empty(m) or empty(n):
+        return out
+    weight, weight_scale = _weight_rows(weight), weight_scale.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    if isinstance(m, int) and m == 1:
+        block = min(GEMV_BLOCK, triton.next_power_of_2(k))
+        wrap_triton(_gemv_w8a16_kernel)[(_count(n, GEMV_ROWS),)](
+            rows, weight, weight.stride(0), weight_scale, bias, out, n,
+            K=k, BLOCK_N=GEMV_ROWS, BLOCK_K=block, num_warps=4,
+        )  # fmt: skip
+        return out
+    tiles = W8A16_FP32_TILES if x.dtype == torch.float32 else W8A16_TILES
+    # The widened weight tile passes through shared memory beside the stages: leave room for it.
+    sizes = (x.dtype.itemsize, 1 + x.dtype.itemsize)
+    tile = choose_tile(tiles, expected_rows(m), k, sizes, _shared_memory(x.device))
+    wrap_triton(_linear_w8a16_kernel)[(_count(m, tile.m) * _count(n, tile.n),)](
+        rows, rows.stride(0), weight, weight.stride(0), weight_scale, bias, out, m, n,
+        K=k, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=GROUP_M,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,210 @@
+"""What the kernel tests and the GPU benchmark share: how results are compared, and shapes no sample has.
+
+A norm of the difference, not an element-wise bound: where a sum cancels, one element says nothing about the kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowering import numerics, ops  # noqa: F401  (declares the ops)
+from lowering.registry import Sample, Tolerance, random_tensor
+
+
+def compare(got: Any, expected: Any, tolerance: Tolerance) -> float:
+    """Largest error found: of floats relative to the norm, of codes in steps. AssertionError beyond the tolerance."""
+    results, references = (r if isinstance(r, tuple) else (r,) for r in (got, expected))
+    assert len(results) == len(references), f"{len(results)} results, the reference has {len(references)}"
+    worst = 0.0
+    for i, (result, reference) in enumerate(zip(results, references, strict=True)):
+        where = f"result {i}"
+        assert result.dtype == reference.dtype, f"{where}: {result.dtype}, the reference has {reference.dtype}"
+        assert result.shape == reference.shape, f"{where}: {result.shape}, the reference has {reference.shape}"
+        if reference.numel() == 0:
+            continue
+        if reference.dtype.is_floating_point:
+            error = _float_error(result, reference, where)
+            limit = max(tolerance.rtol, 2 * torch.finfo(reference.dtype).eps)
+            small = torch.linalg.vector_norm(_finite(result) - _finite(reference)) <= tolerance.atol
+            assert error <= limit or small, f"{where}: relative error {error:.3g}, allowed {limit:.3g}"
+        else:
+            difference = (result.long() - reference.long()).abs()
+            # Codes of a row without a finite scale mean nothing: the scale carries the NaN or infinity.
+            if reference.dtype == torch.int8:
+                difference = difference * references[i + 1].isfinite()
+            elif reference.dtype == torch.int32 and reference.dim() > 0:
+                difference = difference * references[i - 1].isfinite()
+            error = float(difference.max())
+            limit = tolerance.codes if reference.dtype in (torch.int8, torch.int32) and reference.dim() > 0 else 0
+            assert error <= limit, f"{where}: codes differ by {error:.0f}, allowed {limit}"
+        worst = max(worst, error)
+    return worst
+
+
+def _finite(x: Tensor) -> Tensor:
+    return torch.where(x.isfinite(), x, 0.0).double()
+
+
+def _float_error(result: Tensor, reference: Tensor, where: str) -> float:
+    assert torch.equal(result.isnan(), reference.isnan()), f"{where}: NaN in other places than in the reference"
+    infinite = reference.isinf()
+    assert torch.equal(result.isinf(), infinite), f"{where}: infinities in other places than in the reference"
+    assert torch.equal(result[infinite], reference[infinite]), f"{where}: infinities of another sign"
+    difference = float(torch.linalg.vector_norm(_finite(result) - _finite(reference)))
+    size = float(torch.linalg.vector_norm(_finite(reference)))
+    return difference / size if size > 0 else (0.0 if difference == 0 else math.inf)
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fresh tensors start as NaN, or as the largest integer, so that an element nobody writes is found."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(1).isnan().item()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shapes and values beyond the samples
+
+
+def _rows(device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Activations `[..., K]`: odd sizes, views of every kind, values without a range, no rows at all."""
+    for m, k in [(1, 1), (1, 123), (17, 7), (3, 1), (123, 3)]:
+        yield f"{m}x{k}", random_tensor(m, k, device=device)
+    yield "bf16_7x123", random_tensor(7, 123, device=device, dtype=torch.bfloat16)
+    yield "transposed", random_tensor(40, 9, device=device).t()
+    yield "every_other", random_tensor(5, 80, device=device)[:, ::2]
+    yield "expanded_rows", random_tensor(1, 48, device=device).expand(4, 48)
+    yield "expanded_columns", random_tensor(5, 1, device=device).expand(5, 48)
+    yield "permuted", random_tensor(3, 4, 2, 24, device=device).permute(2, 0, 1, 3)
+    yield "vector", random_tensor(2, 33, device=device)[1]
+    yield "no_rows", random_tensor(0, 48, device=device)
+    yield "no_batch", random_tensor(0, 3, 48, device=device, dtype=torch.bfloat16)
+    special = random_tensor(8, 40, device=device)
+    special[1] = 0.0
+    special[2, 7] = math.nan
+    special[3, 5] = math.inf
+    special[4, 6] = -math.inf
+    special[5, 3] = -math.nan
+    special[6] = 1e-38
+    special[7] = special[7].abs()
+    yield "special", special
+    yield "huge", random_tensor(3, 40, device=device) * 1e37
+    # Longer than a kernel holds in registers, and not a multiple of its pieces.
+    yield "long_row", random_tensor(2, 16500, device=device, dtype=torch.bfloat16)
+
+
+def _columns(x: Tensor) -> Tensor:
+    return torch.tensor(sorted({0, x.shape[-1] // 2, x.shape[-1] - 1}), device=x.device)
+
+
+def _row_op_samples(name: str, label: str, x: Tensor, index: int) -> Iterator[Sample]:
+    symmetric = index % 2 == 0
+    weight = random_tensor(x.shape[-1], device=x.device, dtype=x.dtype, seed=1)
+    other = random_tensor(*x.shape, device=x.device, dtype=x.dtype, seed=3)
+    columns = None if index % 3 == 0 else _columns(x)
+    mode = ("rms", "rms_round_first", "layer")[index % 3]
+    if name == "quantize_per_token":
+        yield Sample(f"{label}-sym", (x, True))
+        yield Sample(f"{label}-affine", (x, False))
+    elif name == "split_quantize":
+        yield Sample(label, (x, _columns(x), symmetric))
+        if label == "17x7":
+            yield Sample("no_columns", (x, _columns(x)[:0], symmetric))
+    elif name == "split_quantize_dynamic":
+        yield Sample(label, (x, 4, 2.0 if index % 2 else 0.0, symmetric))
+    elif name == "rms_norm":
+        yield Sample(label, (x, weight, 1e-6, float(symmetric), index % 3 == 0))
+    elif name == "norm_quantize":
+        bias = weight.flip(0) if mode == "layer" else None
+        yield Sample(f"{label}-{mode}", (x, weight, bias, 1e-5, 0.5, mode, columns, symmetric))
+        if label == "17x7":
+            yield Sample("layer-no_weight", (x, None, None, 1e-5, 0.0, "layer", columns, symmetric))
+            wide = weight.float()
+            half = x.to(torch.bfloat16)
+            yield Sample("fp32_weight", (half, wide, None, 1e-5, 0.0, "rms_round_first", _columns(x), symmetric))
+    elif name == "add_norm_quantize":
+        yield Sample(f"{label}-{mode}", (x, other, weight, None, 1e-5, 0.0, mode, columns, symmetric))
+    elif name == "act_mul_quantize":
+        act = ("silu", "gelu", "gelu_tanh", "relu", "sigmoid")[index % 5]
+        yield Sample(f"{label}-{act}", (x, other, act, columns, symmetric))
+
+
+def _w8a8_samples(device: torch.device) -> Iterator[Sample]:
+    index = 0
+    for m in (0, 1, 17, 123):
+        for n, k in [(1, 7), (7, 123), (123, 1), (123, 123), (40, 96)]:
+            dtype = (torch.float32, torch.bfloat16, torch.float16)[index % 3]
+            codes, scale, zero = numerics.quantize_affine(random_tensor(m, k, device=device))
+            w = random_tensor(n, k, device=device, seed=1)
+            weight, weight_scale = numerics.quantize_weight(w)
+            columns = torch.arange(0, k, 3, device=device)
+            outliers = random_tensor(m, len(columns), device=device, dtype=dtype, seed=4)
+            outlier_weight = weight[:, columns] if index % 2 else w[:, columns].to(dtype)
+            affine = (codes, scale, zero, weight, weight_scale, weight.sum(1, dtype=torch.int32), None)
+            yield Sample(f"{m}x{n}x{k}", (*affine, outliers, outlier_weight, dtype))
+            index += 1
+    k, n, dtype = 96, 24, torch.float32
+    x = random_tensor(5, k, device=device)
+    codes, scale = numerics.quantize_symmetric(x)
+    weight, weight_scale = numerics.quantize_weight(random_tensor(n, k, device=device, seed=1))
+    none = (None,) * 4
+    yield Sample("column_major", (codes.t().contiguous().t(), scale, None, weight, weight_scale, *none, dtype))
+    yield Sample("strided_rows", (codes[::2], scale[::2], None, weight, weight_scale, *none, dtype))
+    yield Sample("column_major_weight", (codes, scale, None, weight.t().contiguous().t(), weight_scale, *none, dtype))
+    yield Sample("sliced_weight", (codes[:, :48], scale, None, weight[:, 48:], weight_scale, *none, dtype))
+    one = scale[:1].expand(5, 1)
+    yield Sample("expanded", (codes[:1].expand(5, k), one, None, weight, weight_scale[:1].expand(n), *none, dtype))
+    scale = scale.clone()
+    scale[1], scale[2] = math.nan, math.inf
+    yield Sample("nan_scale", (codes, scale, None, weight, weight_scale, *none, dtype))
+    wide = random_tensor(5, 40, device=device, dtype=torch.bfloat16)
+    mixed = random_tensor(n, 40, device=device, seed=3)
+    yield Sample(
+        "mixed_outliers", (codes, scale[:1].expand(5, 1), None, weight, weight_scale, None, None, wide, mixed, dtype)
+    )
+    yield Sample("no_outliers", (codes, one, None, weight, weight_scale, None, None, wide[:, :0], mixed[:, :0], dtype))
+
+
+def _w8a16_samples(device: torch.device) -> Iterator[Sample]:
+    index = 0
+    for m in (0, 1, 17, 123):
+        for n, k in [(1, 7), (7, 123), (123, 1), (123, 123), (40, 96)]:
+            dtype = (torch.float32, torch.bfloat16, torch.float16)[index % 3]
+            x = random_tensor(m, k, device=device, dtype=dtype)
+            weight, weight_scale = numerics.quantize_weight(random_tensor(n, k, device=device, seed=1))
+            bias = random_tensor(n, device=device, dtype=dtype, seed=2) if index % 2 else None
+            yield Sample(f"{m}x{n}x{k}", (x, weight, weight_scale, bias))
+            index += 1
+    x = random_tensor(5, 96, device=device)
+    weight, weight_scale = numerics.quantize_weight(random_tensor(24, 96, device=device, seed=1))
+    yield Sample("column_major", (x.t().contiguous().t(), weight, weight_scale, None))
+    yield Sample("one_strided", (x[::5], weight.t().contiguous().t(), weight_scale, None))
+    yield Sample("expanded", (x[:1].expand(3, 5, 96), weight[::2], weight_scale[::2], None))
+    special = x.clone()
+    special[1, 3], special[2, 4] = math.nan, math.inf
+    yield Sample("nan", (special, weight, weight_scale, None))
+
+
+def hard_samples(name: str, device: torch.device) -> Iterator[Sample]:
+    """Argument lists of the op `name` that its own samples leave out."""
+    if name == "linear_w8a8":
+        yield from _w8a8_samples(device)
+    elif name == "linear_w8a16":
+        yield from _w8a16_samples(device)
+    else:
+        for index, (label, x) in enumerate(_rows(device)):
+            yield from _row_op_samples(name, label, x, index)

@@ -1,0 +1,332 @@
+"""The Triton kernels without a GPU: traced as Inductor traces them, and compiled ahead of time for an H100 (sm_90).
+
+A host wrapper is run on meta tensors with its launches recorded instead of made, so what is compiled here is exactly
+what it ships: same kernel, same constants, same warps and stages.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton", reason="the kernels need Triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("interpreted kernels can be neither traced nor compiled", allow_module_level=True)
+
+from torch._dynamo.source import ConstantSource  # noqa: E402
+from torch._functorch.aot_autograd import aot_module_simplified  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.fx.experimental.symbolic_shapes import (  # noqa: E402
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from lowering.registry import Op, all_ops  # noqa: E402
+from lowering.triton import linear  # noqa: E402
+
+SM90 = GPUTarget("cuda", 90, 32)
+META = torch.device("meta")
+BF16, F32, F16, I8, I32 = torch.bfloat16, torch.float32, torch.float16, torch.int8, torch.int32
+WRAPPERS = ("act", "linear", "norm", "quantize")
+POINTER = {F32: "*fp32", BF16: "*bf16", F16: "*fp16", I8: "*i8", I32: "*i32", torch.int64: "*i64", torch.bool: "*i1"}
+OPTIONS = ("num_warps", "num_stages")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recording and compiling
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+
+def launches(monkeypatch: pytest.MonkeyPatch, operator: Any, *args: Any) -> list[Launch]:
+    """What the host wrapper `operator` launches for `args` (meta tensors)."""
+    recorded: list[Launch] = []
+
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def launch(*args: Any, **kwargs: Any) -> None:
+                options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+                named = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
+                recorded.append(Launch(self.kernel, named, options))
+
+            return launch
+
+    for name in WRAPPERS:
+        monkeypatch.setattr(importlib.import_module(f"lowering.triton.{name}"), "wrap_triton", Recorder)
+    operator.__wrapped__(*args)
+    return recorded
+
+
+@dataclass(frozen=True)
+class Compiled:
+    ptx: str
+    registers: int
+    stack: int
+    shared: int
+
+
+def compile_for_sm90(launch: Launch) -> Compiled:
+    """PTX and the resources of the machine code, as the runtime would compile this launch."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        if isinstance(value, Tensor):
+            signature[parameter.name] = POINTER[value.dtype]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    built = triton.compile(source, target=SM90, options=dict(launch.options))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(built.asm["cubin"])
+        usage = subprocess.run(
+            [_cuobjdump(), "--dump-resource-usage", str(path)], check=True, capture_output=True, text=True
+        ).stdout
+    found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return Compiled(built.asm["ptx"], found["REG"], found["STACK"] + found["LOCAL"], built.metadata.shared)
+
+
+def _cuobjdump() -> str:
+    path = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not os.access(path, os.X_OK):
+        pytest.skip("this Triton brings no cuobjdump")
+    return str(path)
+
+
+def one(monkeypatch: pytest.MonkeyPatch, operator: Any, *args: Any) -> tuple[Launch, Compiled]:
+    (launch,) = launches(monkeypatch, operator, *args)
+    return launch, compile_for_sm90(launch)
+
+
+def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=META)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Linear layers
+
+
+def w8a8_args(
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype = BF16,
+    outlier: torch.dtype | None = None,
+    r: int = 32,
+    bare: bool = False,
+) -> tuple[Any, ...]:
+    """Zero point, bias and outliers at once: the most registers a tile can need; or with `bare` none of the three."""
+    return (
+        empty(m, k, dtype=I8), empty(m, 1, dtype=F32), None if bare else empty(m, 1, dtype=I32), empty(n, k, dtype=I8),
+        empty(n, dtype=F32), None if bare else empty(n, dtype=I32), None if bare else empty(n, dtype=dtype),
+        None if outlier is None else empty(m, r, dtype=dtype), None if outlier is None else empty(n, r, dtype=outlier),
+        dtype,
+    )  # fmt: skip
+
+
+ROWS = [4096 if up_to == math.inf else int(up_to) for up_to, _ in linear.W8A8_TILES]
+
+
+@pytest.mark.parametrize("m", ROWS)
+@pytest.mark.parametrize("form", ["bare", "affine", "bf16-outliers"])
+def test_w8a8(monkeypatch: pytest.MonkeyPatch, m: int, form: str) -> None:
+    args = w8a8_args(m, 4096, 4096, outlier=BF16 if form == "bf16-outliers" else None, bare=form == "bare")
+    launch, code = one(monkeypatch, linear.linear_w8a8_tiles, *args)
+    assert code.stack == 0, "spills"
+    assert code.shared <= 227 * 1024
+    # Two programs of 128 × 128 share a multiprocessor when each thread of 8 warps stays within 128 registers.
+    if form == "bare" and (launch.arguments["BLOCK_M"], launch.arguments["BLOCK_N"]) == (128, 128):
+        assert code.registers <= 128
+    if launch.arguments["BLOCK_M"] >= 64:
+        assert re.search(r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.s32\.s8\.s8", code.ptx)
+    else:
+        assert re.search(r"mma\.sync\.aligned\.m16n8k32\.row\.col(\.satfinite)?\.s32\.s8\.s8", code.ptx)
+    # Weights and codes stream through shared memory without passing registers.
+    assert "cp.async" in code.ptx
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "dtype", "outlier", "r"),
+    [
+        (1, 7, 123, F32, F32, 3),
+        (123, 123, 123, F32, F32, 17),
+        (4096, 320, 576, F16, I8, 128),
+        (123, 1, 1, F16, None, 0),
+        (17, 4096, 7, BF16, I8, 8),
+    ],
+    ids=str,
+)
+def test_w8a8_odd(
+    monkeypatch: pytest.MonkeyPatch, m: int, n: int, k: int, dtype: torch.dtype, outlier: torch.dtype | None, r: int
+) -> None:
+    _, code = one(monkeypatch, linear.linear_w8a8_tiles, *w8a8_args(m, n, k, dtype, outlier, r))
+    assert code.stack == 0, "spills"
+
+
+@pytest.mark.parametrize("m", [1, 16, 64, 4096])
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=["bf16", "f32"])
+def test_w8a16(monkeypatch: pytest.MonkeyPatch, m: int, dtype: torch.dtype) -> None:
+    args = (empty(m, 4096, dtype=dtype), empty(4096, 4096, dtype=I8), empty(4096, dtype=F32), empty(4096, dtype=dtype))
+    _, code = one(monkeypatch, linear.linear_w8a16_tiles, *args)
+    assert code.stack == 0, "spills"
+    assert code.shared <= 227 * 1024
+    assert ("mma" in code.ptx) == (m > 1 and dtype == BF16), "tensor cores for 16-bit floats, never for fp32 (tf32)"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Row kernels
+
+
+def global_reads(code: Compiled) -> int:
+    return len(re.findall(r"ld\.global", code.ptx))
+
+
+@pytest.mark.parametrize("k", [123, 4096, 14336, 53248])
+def test_row_kernels(monkeypatch: pytest.MonkeyPatch, k: int) -> None:
+    from lowering.triton import act, norm, quantize
+
+    x, columns = empty(64, k), empty(32, dtype=torch.int64)
+    for operator, args in [
+        (quantize.split_quantize_rows, (x, columns, False)),
+        (norm.add_norm_quantize_rows, (x, x, empty(k), empty(k), 1e-5, 0.0, "layer", columns, False)),
+        (act.act_mul_quantize_rows, (x, x, "silu", columns, True)),
+    ]:
+        _, code = one(monkeypatch, operator, *args)
+        assert code.stack == 0, f"{operator.__name__} spills"
+
+
+def test_a_row_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The passes over a row that fits share their loads: 4096 bf16 elements on 256 threads are two 16-byte loads."""
+    from lowering.triton import norm, quantize
+
+    x = empty(64, 4096)
+    _, code = one(monkeypatch, quantize.quantize_rows, x, True)
+    assert global_reads(code) == 2
+    assert "ld.global.v4" in code.ptx
+    _, code = one(
+        monkeypatch, norm.add_norm_quantize_rows, x, x, empty(4096), None, 1e-5, 0.0, "rms_round_first", None, True
+    )
+    assert global_reads(code) == 6  # x, residual and gamma
+
+
+def test_column_absmax(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lowering.triton import quantize
+
+    both = launches(monkeypatch, quantize.split_quantize_rows_dynamic, empty(64, 4096), 64, 6.0, True)
+    assert [launch.kernel.__name__ for launch in both] == ["_column_absmax_kernel", "_quantize_rows_kernel"]
+    code = compile_for_sm90(both[0])
+    assert code.stack == 0
+    assert re.search(r"(red|atom)\.global\S*\.max\.s32", code.ptx)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tracing
+
+
+class _OfflineDriver:
+    """Tells Triton the target, which is all that torch's analysis of a kernel's writes asks for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return SM90
+
+
+@pytest.fixture
+def offline_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(triton.runtime.driver, "_active", _OfflineDriver())
+
+
+WITH_ROWS = [op for op in all_ops().values() if op.name != "dequantize_weight"]
+
+
+@pytest.mark.usefixtures("offline_driver")
+@pytest.mark.parametrize("op", WITH_ROWS, ids=lambda op: op.name)
+def test_traces_with_symbolic_rows(op: Op) -> None:
+    """AOTAutograd sees through every implementation: a symbolic number of rows stays so, only results are written."""
+    sample = next(s for s in op.samples(torch.device("cpu")) if 1 not in s.args[0].shape)
+    lead = sample.args[0].shape[:-1]
+    graph, env = torch.fx.Graph(), ShapeEnv()
+    mode = FakeTensorMode(shape_env=env)
+    nodes, args = [], []
+    for i, value in enumerate(sample.args):
+        if isinstance(value, Tensor):
+            by_row = value.dim() >= 2 and value.shape[:-1] == lead and value.shape[-1] != lead[0]
+            rows = DimDynamic.DUCK if by_row else DimDynamic.STATIC  # equal sizes are one symbol
+            sizes = [rows] * (value.dim() - 1) + [DimDynamic.STATIC] * min(1, value.dim())
+            args.append(
+                mode.from_tensor(
+                    value.contiguous(),
+                    source=ConstantSource(f"argument{i}"),
+                    symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes),
+                )
+            )
+            nodes.append(graph.placeholder(f"argument{i}"))
+        else:
+            args.append(value)
+            nodes.append(value)
+    chosen = op.choose("triton", tuple(args))
+    result = graph.call_function(chosen.function, tuple(nodes))
+    graph.output(result if isinstance(op.reference(*sample.args), tuple) else (result,))
+    traced: list[torch.fx.GraphModule] = []
+
+    def keep(module: torch.fx.GraphModule, _: Any) -> Any:
+        traced.append(module)
+        return module.forward
+
+    fakes = [a for a in args if isinstance(a, Tensor)]
+    aot_module_simplified(torch.fx.GraphModule({}, graph), fakes, fw_compiler=keep)
+    assert not env.guards, [str(guard.expr) for guard in env.guards]
+    kernels = [n for n in traced[0].graph.nodes if "triton_kernel" in str(n.target)]
+    if chosen.function is op.reference:
+        assert not kernels
+        return
+    assert kernels
+    results = {"absmax", "out", "hidden", "codes", "scale", "zero_point", "outliers"}
+    for node in kernels:
+        assert isinstance(node.kwargs["grid"][0][0], torch.fx.Node), "the grid was specialized"
+        written = set(node.kwargs["tensors_to_clone"])
+        inputs = {name for name, value in node.kwargs["kwargs"].items() if isinstance(value, torch.fx.Node)}
+        assert written <= results & inputs
+
+
+def test_a_tile_is_chosen_from_the_hint_without_a_guard() -> None:
+    from lowering.triton.launch import UNKNOWN_ROWS, expected_rows
+
+    env = ShapeEnv()
+    mode = FakeTensorMode(shape_env=env)
+    x = mode.from_tensor(
+        torch.empty(48, 8),
+        source=ConstantSource("x"),
+        symbolic_context=StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC]),
+    )
+    assert expected_rows(x.shape[0]) == 48
+    assert expected_rows(env.create_unbacked_symint()) == UNKNOWN_ROWS
+    assert expected_rows(3) == 3
+    assert not env.guards
