@@ -141,9 +141,8 @@ RANKS: dict[str, Callable[[Tensor, Site], Tensor]] = {  # x [tokens, K] -> score
 
 def smoothing(site: Site, rule: str) -> Tensor:
     """s [K]: the norm's gamma is divided by it, the readers' columns are multiplied by it. Uses the parameters only."""
-    ones = torch.ones(site.channels)
     if not rule or site.norm is None:
-        return ones
+        return torch.ones(site.channels)
     kind, number = rule[:4], float(rule.split(":")[1])
     gamma = site.norm.weight.data.abs()
     column = torch.stack([w.abs().amax(0) for w in site.original]).amax(0).clamp_min(TINY)
@@ -151,17 +150,16 @@ def smoothing(site: Site, rule: str) -> Tensor:
         s = gamma**number / column ** (1 - number)
         return (s / s.median()).clamp_min(1e-5)
     ratio = gamma / column
-    return torch.where(ratio > number * ratio.median(), (ratio / ratio.median()).sqrt(), ones)
+    return torch.where(ratio > number * ratio.median(), (ratio / ratio.median()).sqrt(), 1.0)
 
 
 @contextmanager
 def quantized(sites: list[Site], scheme: Scheme, static: list[Tensor]) -> Iterator[None]:
-    """The model under `scheme`: weights replaced, inputs of the linears fake-quantized once per site."""
+    """The model under `scheme`: weights replaced, inputs fake-quantized once per site; no scale sees kept columns."""
     with ExitStack() as undo:
         for i, site in enumerate(sites):
             s, kept = smoothing(site, scheme.smooth), static[i][: scheme.static] if static else NO_COLUMNS
             weights = [weight * s for weight in site.original]
-            # kept columns do not count in the scale of a row
             rest = [quantized_weight(w.index_fill(1, kept, 0)) for w in weights]
             site.install([r.index_copy(1, kept, w[:, kept]) for r, w in zip(rest, weights, strict=True)])
             undo.callback(site.install, site.original)
@@ -198,14 +196,14 @@ FINALISTS = [  # on all windows; p: plain, s: stress
     (DEFAULT, "ps"),
     (Scheme("int8 weights only", activations=False), "p"),
     (Scheme("calibrated 32 columns", static=32, rank="relative"), "p"),
-    (Scheme("calibrated 64 columns by sumsq", static=64, rank="sumsq"), "p"),
-    (Scheme("calibrated 48 columns by sumsq", static=48, rank="sumsq"), "p"),
+    *((Scheme(f"calibrated {k} columns by sumsq", static=k, rank="sumsq"), "p") for k in (64, 48)),
     (Scheme("calibrated 64 columns by sumsq, symmetric", static=64, rank="sumsq", asymmetric=False), "p"),
     (Scheme("default, columns by sum of squares", columns=K32, smooth=SMOOTH, rank="sumsq"), "p"),
     (Scheme("default, 4 windows per call", columns=K32, smooth=SMOOTH, batch=4), "p"),
     (Scheme("default without smoothing", columns=K32), "ps"),
 ]
 SCREENED = [  # on the first windows only
+    (DEFAULT, "ps"),
     (Scheme("int8 weights only", activations=False), "ps"),
     (Scheme("symmetric", asymmetric=False), "ps"),
     (Scheme("asymmetric"), "ps"),
@@ -227,8 +225,7 @@ class Perplexity:
 
     def __init__(self, model: nn.Module, ids: Tensor, most: int) -> None:
         self.model, self.windows = model, ids[: most * WINDOW].reshape(most, WINDOW)
-        self.losses: list[float] = []
-        self.reference: list[Tensor] = []
+        self.losses, self.reference = list[float](), list[Tensor]()
         self(most)
 
     def fp32(self, count: int) -> float:

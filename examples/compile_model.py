@@ -11,7 +11,6 @@ import argparse
 import torch
 from rich.console import Console
 
-import int8pass
 from int8pass import hub, measure
 from int8pass.cli import Steps, table
 
@@ -37,7 +36,7 @@ def main() -> None:
         )
     Console().print(table(comparison))
     if arguments.inspect:
-        print(int8pass.inspect(model, {"input_ids": windows[:1].to(device)}))
+        print(comparison.report)
 
 
 if __name__ == "__main__":

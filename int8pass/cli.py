@@ -120,7 +120,7 @@ def run(
         console = Console()
         console.print(table(comparison))
         if inspect:
-            console.print(str(_inspect(loaded, text, chosen)), markup=False, highlight=False, soft_wrap=True)
+            console.print(str(comparison.report), markup=False, highlight=False, soft_wrap=True)
         if json_file is not None:
             json_file.write_text(json.dumps(comparison.as_dict(), indent=2) + "\n")
 
@@ -140,7 +140,8 @@ def inspect(
         with Steps() as progress:
             loaded, tokenizer = _load(model, dtype, device_, progress)
             progress("inspect", 0, 1)
-            report = _inspect(loaded, hub.windows(tokenizer, length), chosen)
+            ids = hub.windows(tokenizer, length)[:1].to(device_)
+            report = int8pass.inspect(loaded, {"input_ids": ids}, recipe=chosen)
             progress("inspect", 1, 1)
         Console().print(str(report), markup=False, highlight=False, soft_wrap=True)
 
@@ -186,9 +187,9 @@ def table(comparison: measure.Comparison) -> Table:
     ):
         ratio = f"{after / before:.{digits + 1}f}" if before else ""
         shown.add_row(label, f"{before:.{digits}f}", f"{after:.{digits}f}", ratio)
-    refused = sum(comparison.linears_refused.values())
-    shown.add_row("linears in int8", "0", f"{comparison.linears_taken} in {comparison.sites} sites", "")
-    shown.add_row("linears refused", "", str(refused), "")
+    counts = comparison.report.counts
+    shown.add_row("linears in int8", "0", f"{counts['taken']} in {counts['sites']} sites", "")
+    shown.add_row("linears refused", "", str(counts["refused"]), "")
     shown.add_section()
     continuations = [Text(form.continuation.strip(), justify="left") for form in (original, quantized)]
     shown.add_row(Text(f"{comparison.prompt} …"), *continuations, "")
@@ -235,7 +236,7 @@ def calibrated(
         model,
         [{"input_ids": window[None].to(device)} for window in text[first : first + count]],
         recipe,
-        progress=lambda done, total: progress("calibrate", done, total),
+        progress=lambda done: progress("calibrate", done, count),
     )
     progress("calibrate", count, count)
     return made
@@ -288,11 +289,6 @@ def _load(name: str, dtype: Dtype, device: torch.device, progress: measure.Progr
     loaded = hub.load(name, dtype=getattr(torch, chosen), device=device)
     progress(title, 1, 1)
     return loaded
-
-
-def _inspect(model: nn.Module, text: torch.Tensor, recipe: int8pass.Recipe) -> Any:
-    ids = text[:1].to(next(model.parameters()).device)
-    return int8pass.inspect(model, {"input_ids": ids}, recipe=recipe)
 
 
 def _require_folder(option: str, path: Path) -> None:

@@ -157,7 +157,8 @@ def fuse_norm(node: fx.Node, edit: Edit) -> fx.Node | None:
         x, gamma, eps, offset, round_first = norm.args
         arguments = (x, gamma, None, eps, offset, "rms_round_first" if round_first else "rms")
     else:
-        x, shape, gamma, beta, eps = (*norm.args, None, None, 1e-5)[:5]
+        defaults = (None, None, None, None, 1e-5)  # of aten.layer_norm
+        x, shape, gamma, beta, eps = (*norm.args, *defaults[len(norm.args) :])[:5]
         if len(shape) != 1:  # type: ignore[arg-type]
             return None
         arguments = (x, gamma, beta, eps, 0.0, "layer")

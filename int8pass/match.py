@@ -172,11 +172,14 @@ def _feeds(node: fx.Node, target: str) -> bool:
 def is_head(node: fx.Node) -> bool:
     """An output head: leaves the graph through views and unary ops only, after other linears, in a width of its own.
 
-    A block's last linear leaves the graph too, but in a width that other linears of the graph read.
+    A block's last linear leaves the graph too, but in a width that other linears of the graph read; where the graph
+    has an embedding, the width of its vocabulary is a head's all the same.
     """
     linears = [n for n in node.graph.nodes if op_name(n) == "linear"]
-    out_width = node.meta["val"].shape[-1]
-    if linears[0] is node or any(n.args[1].meta["val"].shape[-1] == out_width for n in linears):
+    tables = [n.args[0].meta["val"].shape[0] for n in node.graph.nodes if op_name(n) == "embedding"]
+    width = node.meta["val"].shape[-1]
+    read_elsewhere = any(n.args[1].meta["val"].shape[-1] == width for n in linears)
+    if linears[0] is node or (read_elsewhere and width not in tables):
         return False
     todo: list[fx.Node] = [node]
     while todo:

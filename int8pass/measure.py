@@ -14,10 +14,9 @@ import math
 import platform
 import statistics
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -61,9 +60,7 @@ class Comparison:
     prompt: str
     original: Measurement
     int8: Measurement
-    sites: int
-    linears_taken: int
-    linears_refused: Mapping[str, int] = field(default_factory=dict)  # reason → linears
+    report: int8pass.Report  # what became of every linear
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -173,9 +170,7 @@ def compare(
         prompt=prompt,
         original=original,
         int8=quantized,
-        sites=len(report.sites),
-        linears_taken=sum(len(site.linears) for site in report.sites),
-        linears_refused=dict(Counter(refused.reason for refused in report.refused)),
+        report=report,
     )
 
 
@@ -270,12 +265,12 @@ def linear_weight_bytes(model: nn.Module) -> int:
     return _bytes(_linear_weights(model).values())
 
 
-def packed_weight_bytes(model: nn.Module, report: Any) -> int:
+def packed_weight_bytes(model: nn.Module, report: int8pass.Report) -> int:
     """The same once `free_weights` has released what int8 replaces: int8 weights, scales and outlier columns, and the
     weights of the linears that `report` (of `int8pass.inspect`) says were not taken, as they were."""
     refused = {refused.linear.removesuffix(".weight") for refused in report.refused}
     kept = [weight for name, weight in _linear_weights(model).items() if name in refused]
-    return int(int8pass.packed_bytes(model)) + _bytes(kept)
+    return int8pass.packed_bytes(model) + _bytes(kept)
 
 
 def device_name(device: torch.device) -> str:

@@ -22,7 +22,7 @@ from int8pass.graph.rewrite import RewriteLog
 from int8pass.lower import choose_implementations
 from int8pass.match import Matches, match
 from int8pass.normalize import normalize
-from int8pass.quantize import Quantized, quantize, scheme_for
+from int8pass.quantize import Quantized, quantize
 from int8pass.recipe import Recipe
 from int8pass.smooth import Smoothing, smooth
 
@@ -57,18 +57,12 @@ def to_portable(program: Program, recipe: Recipe, watch: Watch = lambda stage, p
     dialect.check(program, "normalized")
     watch("normalized", program)
     facts.matches = match(program, recipe)
-    facts.smoothing = smooth(program, facts.matches.sites, _smoothing_thresholds(facts.matches, recipe))
+    facts.smoothing = smooth(program, facts.matches.sites, recipe)
     watch("smoothed", program)
     facts.quantized, facts.overflows = quantize(program, facts.matches, recipe, facts.smoothing.vectors)
     dialect.check(program, "portable")
     watch("portable", program)
     return facts
-
-
-def _smoothing_thresholds(matches: Matches, recipe: Recipe) -> dict[str, float]:
-    """Sites to smooth. By the recipe's scheme, not by the one of this graph: all graphs of a model share weights."""
-    schemes = {site.name: recipe.at(site.name).scheme for site in matches.sites}
-    return {name: s.smoothing_threshold for name, s in schemes.items() if s is not None and s.smoothing == "outliers"}
 
 
 def to_lowered(program: Program, facts: Facts, watch: Watch = lambda stage, program: None) -> None:
@@ -80,4 +74,4 @@ def to_lowered(program: Program, facts: Facts, watch: Watch = lambda stage, prog
     watch("lowered", program)
 
 
-__all__ = ["Facts", "scheme_for", "to_lowered", "to_portable"]
+__all__ = ["Facts", "to_lowered", "to_portable"]

@@ -7,6 +7,7 @@ it plain PyTorch semantics that runs on any device and exports. Knows no device.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -93,8 +94,6 @@ def quantize(
 
 def scheme_for(site: Site, recipe: Recipe) -> Scheme:
     """The scheme of a site in this graph: a single token may keep float activations."""
-    import dataclasses
-
     scheme = recipe.at(site.name).scheme
     assert scheme is not None
     if scheme.one_row == "weight_only" and rows(site.source.meta["val"]) == 1:
@@ -143,7 +142,9 @@ def _site(
 ) -> tuple[int, list[fx.Node]]:
     """Quantize the source once; every reader reads the same codes. Returns the float columns and overflow counters."""
     edit = Edit(program)
-    x, first = site.source, min(reader.node for reader in site.readers)
+    first = min(reader.node for reader in site.readers)
+    x = first.args[0]  # not site.source: when that was a linear of an earlier site, it has been replaced by now
+    assert isinstance(x, fx.Node)
     inliers, outliers, chosen, overflow, count = x, None, None, [], 0
     if scheme.outliers == "static" and columns:
         split = edit.call(ops.outlier_split.overload, x, _columns(edit, columns, first), before=first)

@@ -42,8 +42,9 @@ class Scheme:
     """Absolute activation above which a column is an outlier, for `outliers="threshold"`."""
     capacity: int | None = None
     """Columns reserved per call. None: K/32, rounded to a multiple of 8, within 16 and 64."""
-    smoothing: Literal["none", "outliers"] = "outliers"
-    """Move the extreme channels of a norm's gamma into the weights that read it (`int8pass.smooth`)."""
+    smoothing: Literal["none", "outliers", "calibrated"] = "outliers"
+    """Move difficulty from activations to weights (`int8pass.smooth`): not at all; the extreme channels of a norm's
+    gamma, found without data; or by the exponents that calibration found for every channel of every site."""
     smoothing_threshold: float = 8.0
     """Channels whose gamma-to-weight ratio exceeds this many medians are smoothed."""
     one_row: Literal["same", "weight_only"] = "weight_only"
@@ -86,6 +87,8 @@ class SiteSettings:
     """Leave the site's linears in their dtype."""
     columns: tuple[int, ...] = ()
     """Outlier columns chosen by calibration, for `outliers="static"`."""
+    exponents: tuple[int, ...] = ()
+    """log2 of the smoothing vector, one per channel, for `smoothing="calibrated"`; powers of two fold exactly."""
 
 
 _DEFAULT = Scheme()
@@ -98,7 +101,7 @@ PRESETS: Mapping[str, Scheme] = MappingProxyType(
         "w8a8-asymmetric": dataclasses.replace(_PLAIN, symmetric=False),
         "w8a16": dataclasses.replace(_PLAIN, activations="none"),
         "llm.int8": dataclasses.replace(_PLAIN, outliers="threshold", capacity=64),
-        "outlier-columns": dataclasses.replace(_PLAIN, symmetric=False, outliers="static", one_row="weight_only"),
+        "outlier-columns": Scheme(outliers="static", smoothing="calibrated", capacity=64),
     }
 )
 
@@ -190,7 +193,8 @@ class Recipe:
 
 def _site_from_dict(content: Mapping[str, Any]) -> SiteSettings:
     scheme = Scheme(**content["scheme"]) if content["scheme"] is not None else None
-    return SiteSettings(scheme, bool(content["keep"]), tuple(int(c) for c in content["columns"]))
+    columns, exponents = (tuple(int(c) for c in content[name]) for name in ("columns", "exponents"))
+    return SiteSettings(scheme, bool(content["keep"]), columns, exponents)
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, fx
 
 from int8pass.capture import Program
+from int8pass.errors import RecipeError
 from int8pass.graph.constants import Constant
 from int8pass.graph.pattern import op_name
 from int8pass.graph.rewrite import Edit
 from int8pass.match import Site
+from int8pass.recipe import Recipe
 
 
 def smoothing_vector(gamma: Tensor, *weights: Tensor, offset: float = 0.0, threshold: float = 8.0) -> Tensor:
@@ -54,36 +56,68 @@ def shifted_gamma(gamma: Tensor, s: Tensor, offset: float) -> Tensor:
     return (gamma.float() + offset) / s
 
 
+def power_of_two(exponents: tuple[int, ...], device: str) -> Tensor:
+    """The smoothing vector of calibrated exponents, fp32."""
+    return torch.exp2(torch.tensor(exponents, dtype=torch.float32, device=device))
+
+
+def inverse(s: Tensor, dtype: torch.dtype) -> Tensor:
+    """`1 / s` in `dtype`; exact, as s are powers of two."""
+    return s.reciprocal().to(dtype)
+
+
 @dataclass(frozen=True)
 class Smoothing:
-    """Smoothing vectors of the sites that have one, and why the others have none."""
+    """Smoothing vectors of the sites that have one, and why those that asked for a fold have none."""
 
     vectors: dict[str, Constant]
     reasons: dict[str, str]
 
 
-def smooth(program: Program, sites: tuple[Site, ...], thresholds: dict[str, float]) -> Smoothing:
-    """Fold a smoothing vector into the norm of every site named in `thresholds` that has one, where that is legal."""
+def smooth(program: Program, sites: tuple[Site, ...], recipe: Recipe) -> Smoothing:
+    """Give every site the smoothing vector its scheme asks for: folded into its norm where legal.
+
+    Calibrated vectors that cannot be folded become a multiply of the site's input. By the recipe's scheme and not by
+    what this graph makes of it: all graphs of a model share their weights.
+    """
     vectors: dict[str, Constant] = {}
     reasons: dict[str, str] = {}
-    readers_of: dict[Constant, int] = {}
+    shared = _shared_weights(sites)
     for site in sites:
-        for reader in site.readers:
-            readers_of[reader.weight] = readers_of.get(reader.weight, 0) + 1
-    for site in sites:
-        if site.name not in thresholds or op_name(site.source) not in {"rms_norm", "layer_norm"}:
-            continue
-        reason = _illegal(program, site, readers_of)
-        if reason:
-            reasons[site.name] = reason
-        else:
-            vectors[site.name] = _fold(program, site, thresholds[site.name])
+        settings = recipe.at(site.name)
+        assert settings.scheme is not None
+        reason = _illegal(program, site, shared)
+        if settings.scheme.smoothing == "calibrated" and settings.exponents:
+            vectors[site.name] = s = _calibrated(program, site, settings.exponents)
+            if reason is None:
+                _fold(program, site, s)
+            else:
+                reasons[site.name] = reason
+                _multiply(program, site, s)
+        elif settings.scheme.smoothing == "outliers" and _is_norm(site.source):
+            if reason is None:
+                vectors[site.name] = s = _from_weights(program, site, settings.scheme.smoothing_threshold)
+                _fold(program, site, s)
+            else:
+                reasons[site.name] = reason
     return Smoothing(vectors, reasons)
 
 
-def _illegal(program: Program, site: Site, readers_of: dict[Constant, int]) -> str | None:
+def _is_norm(node: fx.Node) -> bool:
+    return op_name(node) in {"rms_norm", "layer_norm"}
+
+
+def _shared_weights(sites: tuple[Site, ...]) -> set[Constant]:
+    """Weights that more than one linear reads: packed once, they cannot carry two smoothing vectors."""
+    weights = [reader.weight for site in sites for reader in site.readers]
+    return {w for w in weights if weights.count(w) > 1}
+
+
+def _illegal(program: Program, site: Site, shared: set[Constant]) -> str | None:
     """Why the norm of a site cannot take a smoothing vector."""
     norm = site.source
+    if not _is_norm(norm):
+        return "no norm makes its input"
     gamma = _gamma(norm)
     if gamma is None or program.constants.get(gamma) is None:
         return "its norm has no constant gamma"
@@ -97,7 +131,7 @@ def _illegal(program: Program, site: Site, readers_of: dict[Constant, int]) -> s
         return "its norm is read by more than the site's linears"
     if any(reader.node.args[0] is not norm or reader.node.args[1] is norm for reader in site.readers):
         return "its norm is read as a weight"
-    if any(readers_of[reader.weight] > 1 for reader in site.readers):
+    if any(reader.weight in shared for reader in site.readers):
         return "a weight is shared with another linear"
     return None
 
@@ -107,19 +141,39 @@ def _gamma(norm: fx.Node) -> fx.Node | None:
     return norm.args[index] if len(norm.args) > index else None  # type: ignore[return-value]
 
 
-def _fold(program: Program, site: Site, threshold: float) -> Constant:
-    """Replace γ (and β) of the site's norm by γ / s (β / s); returns s."""
+def _from_weights(program: Program, site: Site, threshold: float) -> Constant:
+    """The data-free smoothing vector of a site, from its norm's gamma and its weights."""
+    norm = site.source
+    gamma = program.constants.get(_gamma(norm))
+    assert gamma is not None
+    offset = float(norm.args[3]) if op_name(norm) == "rms_norm" else 0.0  # type: ignore[arg-type]
+    sources = [gamma, *(reader.weight for reader in site.readers)]
+    (s,) = program.constants.derive(f"{site.name}.smoothing", _vector, sources, (offset, threshold))
+    return s
+
+
+def _calibrated(program: Program, site: Site, exponents: tuple[int, ...]) -> Constant:
+    """The smoothing vector that the recipe holds for a site."""
+    if len(exponents) != site.width:
+        raise RecipeError(
+            f"site {site.name} has {site.width} channels, the recipe {len(exponents)}: it was made for another model"
+        )
+    device = str(site.source.meta["val"].device)
+    (s,) = program.constants.derive(f"{site.name}.smoothing", power_of_two, (), (exponents, device))
+    return s
+
+
+def _fold(program: Program, site: Site, s: Constant) -> None:
+    """Replace γ (and β) of the site's norm by γ / s (β / s)."""
     norm, edit = site.source, Edit(program)
     gamma = program.constants.get(_gamma(norm))
     assert gamma is not None
     is_rms = op_name(norm) == "rms_norm"
     offset = float(norm.args[3]) if is_rms else 0.0  # type: ignore[arg-type]
-    weights = [reader.weight for reader in site.readers]
-    (s,) = program.constants.derive(f"{site.name}.smoothing", _vector, [gamma, *weights], (offset, threshold))
-    if is_rms and offset:
+    if offset:
         (folded,) = edit.derive(f"{gamma.label}.smoothed", shifted_gamma, [gamma, s], offset, before=norm)
         norm.args = (norm.args[0], folded, norm.args[2], 0.0, False)
-        return s
+        return
     (folded,) = edit.derive(f"{gamma.label}.smoothed", divide, [gamma, s], before=norm)
     arguments = list(norm.args)
     arguments[1 if is_rms else 2] = folded
@@ -128,4 +182,15 @@ def _fold(program: Program, site: Site, threshold: float) -> Constant:
         assert beta is not None
         (arguments[3],) = edit.derive(f"{beta.label}.smoothed", divide, [beta, s], before=norm)
     norm.args = tuple(arguments)
-    return s
+
+
+def _multiply(program: Program, site: Site, s: Constant) -> None:
+    """Let the site's linears read `x · (1 / s)`; it fuses into what quantizes x."""
+    edit = Edit(program)
+    first = min(reader.node for reader in site.readers)
+    x = first.args[0]
+    assert isinstance(x, fx.Node)
+    (factor,) = edit.derive(f"{site.name}.unsmoothing", inverse, [s], x.meta["val"].dtype, before=first)
+    product = edit.call(torch.ops.aten.mul.Tensor, x, factor, before=first)
+    for reader in site.readers:
+        reader.node.replace_input_with(x, product)

@@ -237,7 +237,6 @@ def test_more_elements_than_int32_counts() -> None:
     expected = op.reference(codes[-3:], scale[-3:], None, weight, weight_scale, *none, torch.bfloat16)
     kernel_checks.compare(got[-3:], expected, op.tolerance)
     assert not got[:-3].any()
-    quantized = all_ops()["quantize_per_token"].choose("triton", (got, True)).function(got, True)
-    kernel_checks.compare(
-        tuple(q[-3:] for q in quantized), all_ops()["quantize_per_token"].reference(got[-3:], True), op.tolerance
-    )
+    op = all_ops()["quantize_per_token"]
+    quantized = op.choose("triton", (got, True)).function(got, True)
+    kernel_checks.compare(tuple(q[-3:] for q in quantized), op.reference(got[-3:], True), op.tolerance)

@@ -151,19 +151,23 @@ def w8a8_args(
     )  # fmt: skip
 
 
-ROWS = [4096 if up_to == math.inf else int(up_to) for up_to, _ in linear.W8A8_TILES]
+def shapes(tiles: linear.Tiles) -> list[tuple[int, int]]:
+    """Rows and channels that select each entry of a table."""
+    return [(4096 if m == math.inf else int(m), 28672 if n == math.inf else int(n) // 128 * 128) for m, n, _ in tiles]
 
 
-@pytest.mark.parametrize("m", ROWS)
-@pytest.mark.parametrize("form", ["bare", "affine", "bf16-outliers"])
-def test_w8a8(monkeypatch: pytest.MonkeyPatch, m: int, form: str) -> None:
-    args = w8a8_args(m, 4096, 4096, outlier=BF16 if form == "bf16-outliers" else None, bare=form == "bare")
+@pytest.mark.parametrize(("m", "n"), shapes(linear.W8A8_TILES))
+@pytest.mark.parametrize("form", ["bare", "affine", "bf16-outliers", "int8-outliers"])
+def test_w8a8(monkeypatch: pytest.MonkeyPatch, m: int, n: int, form: str) -> None:
+    outlier = {"bf16-outliers": BF16, "int8-outliers": I8}.get(form)
+    args = w8a8_args(m, n, 4096, outlier=outlier, bare=form == "bare")
     launch, code = one(monkeypatch, linear.linear_w8a8_tiles, *args)
     assert code.stack == 0, "spills"
     assert code.shared <= 227 * 1024
-    # Two programs of 128 × 128 share a multiprocessor when each thread of 8 warps stays within 128 registers.
-    if form == "bare" and (launch.arguments["BLOCK_M"], launch.arguments["BLOCK_N"]) == (128, 128):
-        assert code.registers <= 128
+    # Large tiles: two programs share a multiprocessor (64 K registers, 228 KB), one computes while the other waits.
+    if launch.arguments["BLOCK_M"] == 128:
+        assert 2 * 32 * launch.options["num_warps"] * code.registers <= 65536
+        assert 2 * (code.shared + 1024) <= 228 * 1024
     if launch.arguments["BLOCK_M"] >= 64:
         assert re.search(r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.s32\.s8\.s8", code.ptx)
     else:
@@ -190,10 +194,15 @@ def test_w8a8_odd(
     assert code.stack == 0, "spills"
 
 
-@pytest.mark.parametrize("m", [1, 16, 64, 4096])
-@pytest.mark.parametrize("dtype", [BF16, F32], ids=["bf16", "f32"])
-def test_w8a16(monkeypatch: pytest.MonkeyPatch, m: int, dtype: torch.dtype) -> None:
-    args = (empty(m, 4096, dtype=dtype), empty(4096, 4096, dtype=I8), empty(4096, dtype=F32), empty(4096, dtype=dtype))
+W8A16_CASES = [
+    *((m, n, BF16) for m, n in [(1, 4096), *shapes(linear.W8A16_TILES)]),
+    *((m, n, F32) for m, n in [(1, 4096), *shapes(linear.W8A16_FP32_TILES)]),
+]
+
+
+@pytest.mark.parametrize(("m", "n", "dtype"), W8A16_CASES, ids=str)
+def test_w8a16(monkeypatch: pytest.MonkeyPatch, m: int, n: int, dtype: torch.dtype) -> None:
+    args = (empty(m, 4096, dtype=dtype), empty(n, 4096, dtype=I8), empty(n, dtype=F32), empty(n, dtype=dtype))
     _, code = one(monkeypatch, linear.linear_w8a16_tiles, *args)
     assert code.stack == 0, "spills"
     assert code.shared <= 227 * 1024

@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from int8pass.calibration.statistics import ChannelScores
+from int8pass.calibration.statistics import ChannelStatistics
 from int8pass.capture import Program, from_dynamo
 from int8pass.errors import CalibrationError
+from int8pass.graph.constants import Constant, Store
 from int8pass.inspect.collect import run
-from int8pass.match import match
+from int8pass.match import Site, match
 from int8pass.normalize import normalize
 from int8pass.recipe import Options, Recipe, SiteSettings
 
-DEFAULT_COLUMNS = 32
+DEFAULT_COLUMNS = 64
 
 Progress = Callable[[int], None]
 
@@ -32,18 +33,18 @@ def calibrate(
     columns: int | None = None,
     progress: Progress | None = None,
 ) -> Recipe:
-    """Choose the static outlier columns of every site from data.
+    """Choose the static outlier columns and the smoothing of every site from data.
 
     Args:
         model: the model in its own precision; it runs eagerly on every batch and is not changed.
         batches: inputs of the model, each a tensor, a tuple of positional or a dictionary of keyword arguments. A few
             thousand tokens that look like the use of the model are enough.
         recipe: what to start from: a preset name, a `Recipe` or the path of one.
-        columns: outlier columns per site (default: the recipe's capacity, or 32).
+        columns: outlier columns per site (default: the recipe's capacity, or 64).
         progress: called with the number of batches done, after each.
 
     Returns:
-        The recipe with `outliers="static"` and the columns of every site.
+        The recipe with `outliers="static"`, and the columns and smoothing exponents of every site.
 
     Raises:
         CalibrationError: no batch, a batch the model refuses, a site with NaN or Inf activations, a site without data.
@@ -51,12 +52,14 @@ def calibrate(
     """
     start = Options.parse({"recipe": recipe}, None).recipe
     count = columns or start.scheme.capacity or DEFAULT_COLUMNS
-    scores = observe(model, batches, start, progress)
-    if not scores:
+    statistics = observe(model, batches, start, progress)
+    if not statistics:
         raise CalibrationError("no site was found: nothing in this model can be quantized (see int8pass.inspect)")
     sites = {
-        name: dataclasses.replace(start.sites.get(name, SiteSettings()), columns=found.largest(count))
-        for name, found in scores.items()
+        name: dataclasses.replace(
+            start.sites.get(name, SiteSettings()), columns=found.largest(count), exponents=found.exponents()
+        )
+        for name, found in statistics.items()
     }
     scheme = dataclasses.replace(start.scheme, outliers="static")
     return dataclasses.replace(start, scheme=scheme, sites=MappingProxyType(sites), versions=_versions())
@@ -64,17 +67,17 @@ def calibrate(
 
 def observe(
     model: nn.Module, batches: Iterable[Any], recipe: Recipe, progress: Progress | None = None
-) -> dict[str, ChannelScores]:
+) -> dict[str, ChannelStatistics]:
     """Statistics of every site over all batches, by site name."""
-    scores: dict[str, ChannelScores] = {}
+    statistics: dict[str, ChannelStatistics] = {}
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         program = from_dynamo(gm, inputs)
         normalize(program)
-        sources = {site.source: site.name for site in match(program, recipe).sites}
-        for name in sources.values():
-            scores.setdefault(name, ChannelScores())
-        return _Watch(program, sources, scores)
+        sites = match(program, recipe).sites
+        for site in sites:
+            statistics.setdefault(site.name, ChannelStatistics())
+        return _Watch(program, sites, statistics)
 
     done = 0
     for batch in batches:
@@ -82,7 +85,7 @@ def observe(
             run(model, batch, backend)
         except (TypeError, ValueError, RuntimeError) as error:
             raise CalibrationError(f"batch {done} does not run through the model: {error}") from error
-        for name, found in scores.items():
+        for name, found in statistics.items():
             if not found.finite:
                 raise CalibrationError(f"batch {done}: the input of {name} holds NaN or Inf")
         done += 1
@@ -90,36 +93,43 @@ def observe(
             progress(done)
     if done == 0:
         raise CalibrationError("no calibration batch was given")
-    empty = [name for name, found in scores.items() if found.tokens == 0]
+    empty = [name for name, found in statistics.items() if found.tokens == 0]
     if empty:
         raise CalibrationError(f"no token reached {', '.join(empty)}: calibration batches are empty there")
-    return scores
+    return statistics
 
 
 class _Watch(fx.Interpreter):
     """Runs a captured program node by node, and shows the sources of its sites to the statistics."""
 
-    def __init__(self, program: Program, sources: dict[fx.Node, str], scores: dict[str, ChannelScores]) -> None:
+    def __init__(self, program: Program, sites: Sequence[Site], statistics: dict[str, ChannelStatistics]) -> None:
         super().__init__(program.gm)
-        self._program, self._sources, self._scores = program, sources, scores
+        self._program, self._sites, self._statistics = program, sites, statistics
+        self._sources = {site.source: site.name for site in sites}
         self._arguments: tuple[Any, ...] = ()
+        self._weights_seen = False
 
     def __call__(self, *arguments: Any) -> Any:
         self._arguments = arguments
+        if not self._weights_seen:
+            for site in self._sites:
+                for reader in site.readers:
+                    self._statistics[site.name].reads(self._value(reader.weight))
+            self._weights_seen = True
         return self.run(*(arguments[i] for i in self._program.placeholders))
+
+    def _value(self, constant: Constant) -> Tensor:
+        return Store().value(constant, lambda p: self._arguments[p.position])  # type: ignore[index]
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Constants come from the parameters of this call."""
-        from int8pass.graph.constants import Store
-
-        constant = self._program.constants[str(target)]
-        return Store().value(constant, lambda p: self._arguments[p.position])  # type: ignore[index]
+        return self._value(self._program.constants[str(target)])
 
     def run_node(self, n: fx.Node) -> Any:
         """Run a node; if a site reads its value, count it in."""
         result = super().run_node(n)
         if n in self._sources and isinstance(result, Tensor):
-            self._scores[self._sources[n]].update(result)
+            self._statistics[self._sources[n]].update(result)
         return result
 
 

@@ -6,33 +6,51 @@ import torch
 from torch import Tensor
 
 
-class ChannelScores:
-    """How much each channel of a site's input costs the others, as Σ over tokens of (x / ‖x‖)⁴.
+class ChannelStatistics:
+    """Energy of every channel of a site's input, and the largest weight that reads it.
 
-    The int8 step of a token is set by its largest entries, so a channel matters by how far it stands out *within its
-    token*. The fourth power picks those that do; dividing by the token's norm keeps one massive token (a BOS spike of
-    a thousand times the others, arXiv 2402.17762) from deciding alone.
+    `energy[j]` = Σ over tokens of x_j², in fp64: what a channel costs when its step grows, and what rounding its weight
+    column costs. Sums over tokens, not maxima: one massive token (arXiv 2402.17762) must not decide alone.
     """
 
     def __init__(self) -> None:
-        self.scores: Tensor | None = None
+        self.energy: Tensor | None = None
+        self.weight_absmax: Tensor | None = None
         self.tokens = 0
         self.finite = True
 
     def update(self, x: Tensor) -> None:
         """Add the tokens of `x[..., K]`."""
-        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        rows = x.detach().reshape(-1, x.shape[-1])
         if rows.shape[0] == 0:
             return
-        unit = rows / rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        # fp64: sums over many tokens of values that differ by many orders of magnitude.
-        scores = unit.double().pow(4).sum(0)
-        self.finite = self.finite and bool(torch.isfinite(rows).all())
-        self.scores = scores if self.scores is None else self.scores + scores
+        energy = rows.double().square().sum(0)
+        self.finite = self.finite and bool(torch.isfinite(energy).all())
+        self.energy = energy if self.energy is None else self.energy + energy
         self.tokens += rows.shape[0]
 
+    def reads(self, weight: Tensor) -> None:
+        """Take a weight `[N, K]` of the site into account."""
+        absmax = weight.detach().float().abs().amax(0).double()
+        self.weight_absmax = absmax if self.weight_absmax is None else torch.maximum(self.weight_absmax, absmax)
+
     def largest(self, count: int) -> tuple[int, ...]:
-        """The `count` channels of highest score, in ascending order of index."""
-        assert self.scores is not None
-        chosen = torch.topk(self.scores, min(count, self.scores.numel())).indices
+        """The `count` channels of most energy, in ascending order of index."""
+        assert self.energy is not None
+        chosen = torch.topk(self.energy, min(count, self.energy.numel())).indices
         return tuple(sorted(int(c) for c in chosen))
+
+    def exponents(self) -> tuple[int, ...]:
+        """log2 of s_j = (rms(X_j) / max|W_j|)^(1/2), relative to its median and rounded to integers.
+
+        SmoothQuant's vector (arXiv 2211.10438, equation 4, α = 1/2) with the root mean square in the place of the
+        maximum. A channel that is never active, or that no weight reads, stays as it is.
+        """
+        assert self.energy is not None and self.weight_absmax is not None
+        active = (self.energy > 0) & (self.weight_absmax > 0)
+        if not bool(active.any()):
+            return (0,) * self.energy.numel()
+        ratio = (self.energy / self.tokens).sqrt() / self.weight_absmax.to(self.energy.device)
+        logs = torch.where(active, ratio, torch.ones_like(ratio)).log2() / 2
+        centred = torch.where(active, logs - logs[active].median(), torch.zeros_like(logs))
+        return tuple(int(e) for e in centred.round().clamp(-16, 16))

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from int8pass import pipeline
 from int8pass.capture import from_dynamo
+from int8pass.errors import CaptureError
 from int8pass.inspect.report import RefusedLinear, Report, SiteRow
 from int8pass.pipeline import Facts
 from int8pass.quantize import Quantized
@@ -43,13 +44,18 @@ def inspect(model: nn.Module, args: Any, *, recipe: Recipe | str = "default", qu
         return gm.forward
 
     run(model, args, backend)
+    if not collected:
+        raise CaptureError("torch.compile found nothing to compile in this model (is compilation disabled for it?)")
     return _report(settings.recipe, collected)
 
 
 def run(model: nn.Module, args: Any, backend: Callable[..., Any]) -> Any:
     """Call `model` once under a backend, without gradients and without touching what is compiled already."""
     compiled = torch.compile(model, backend=backend)
-    with torch.no_grad():
+    # Past its limit of graphs per code object Dynamo runs eagerly without a word, and would show an empty model; many
+    # models share code objects. Patched for this call only.
+    limits = torch._dynamo.config.patch(recompile_limit=10_000, accumulated_recompile_limit=10_000)
+    with torch.no_grad(), limits:
         if isinstance(args, Mapping):
             return compiled(**args)
         return compiled(*((args,) if isinstance(args, Tensor) else args))
@@ -72,7 +78,7 @@ def _row(quantized: Quantized, facts: Facts) -> SiteRow:
     site = quantized.site
     smoothing = facts.smoothing.reasons.get(site.name, "")
     if site.name in facts.smoothing.vectors:
-        smoothing = "folded"
+        smoothing = "multiply" if smoothing else "folded"
     shapes = [reader.shape for reader in site.readers]
     kind = "linear_w8a16" if quantized.scheme.activations == "none" else "linear_w8a8"
     chosen = facts.implementations_of(kind)

@@ -17,7 +17,7 @@ class SiteRow:
     scheme: str
     columns: int
     smoothing: str
-    """"folded", "" when the scheme asks for none, or the reason why it could not be folded."""
+    """"folded", "multiply", "" when the scheme asks for none, or the reason why it could not be folded."""
     implementations: tuple[str, ...]
 
 

@@ -21,7 +21,7 @@ def render(report: Report) -> str:
         lines += ["", *_table([_HEADER, *(_cells(site) for site in report.sites)])]
     else:
         lines += ["", "no site: no linear of this model was taken"]
-    notes = Counter(site.smoothing for site in report.sites if site.smoothing not in {"", "folded"})
+    notes = Counter(site.smoothing for site in report.sites if site.smoothing not in {"", "folded", "multiply"})
     if notes:
         lines += ["", "smoothing not folded:", *(f"  {n} sites: {reason}" for reason, n in notes.items())]
     if report.refused:
@@ -40,7 +40,7 @@ def _cells(site: SiteRow) -> tuple[str, ...]:
     names = [name.rsplit(".", 1)[-1] for name in site.linears]
     n, k = site.shape
     columns = str(site.columns) if site.columns else "-"
-    smoothing = {"folded": "folded", "": "-"}.get(site.smoothing, "no")
+    smoothing = {"folded": "folded", "multiply": "multiply", "": "-"}.get(site.smoothing, "no")
     return (
         site.name, site.producer, " ".join(names), f"{n}×{k}", site.scheme, columns, smoothing,
         " ".join(site.implementations),

@@ -15,8 +15,8 @@ from lowering.registry import Sample, Tolerance, op, random_tensor
 def _rms_samples(device: torch.device) -> Iterator[Sample]:
     for label, shape, dtype, offset, round_first in [
         ("f32", (5, 64), torch.float32, 0.0, True),
-        ("bf16-llama", (2, 3, 576), torch.bfloat16, 0.0, True),
-        ("bf16-gemma", (2, 3, 123), torch.bfloat16, 1.0, False),
+        ("bf16-round-first", (2, 3, 576), torch.bfloat16, 0.0, True),
+        ("bf16-offset", (2, 3, 123), torch.bfloat16, 1.0, False),
         ("f16", (4, 96), torch.float16, 0.0, False),
     ]:
         x = random_tensor(*shape, device=device, dtype=dtype)

@@ -100,18 +100,19 @@ def act_mul_quantize_rows(
     gate: Tensor, up: Tensor, act: str, columns: Tensor | None, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Activation, product, quantization and outlier gather in one launch; halves of a merged gate/up stay views."""
-    gate, up = torch.broadcast_tensors(gate, up)
+    if gate.shape != up.shape:
+        gate, up = torch.broadcast_tensors(gate, up)
     gates, ups = as_rows(gate), as_rows(up)
-    m, k = gates.shape
+    k = gates.width
     codes, scale, zero_point = row_outputs(gate, symmetric)
     columns = None if columns is None else _split_columns(columns)
     r = 0 if columns is None else columns.shape[0]
     dtype = torch.promote_types(gate.dtype, up.dtype)
     outliers = torch.empty((*gate.shape[:-1], r), dtype=dtype, device=gate.device)
-    if not empty(m):
+    if not empty(gates.count):
         block, warps = row_block(k)
-        wrap_triton(_act_mul_quantize_kernel)[(m,)](
-            gates, gates.stride(0), ups, ups.stride(0),
+        wrap_triton(_act_mul_quantize_kernel)[(gates.count,)](
+            gates.data, gates.stride, ups.data, ups.stride,
             None if columns is None else removed_columns(k, columns), columns, codes, scale,
             None if symmetric else zero_point, outliers if r else None,
             K=k, R=r, ACT=_CODE[act], SYMMETRIC=symmetric, BLOCK=block,

@@ -8,13 +8,16 @@ fuses with its neighbours, no dispatcher runs per call, and shapes of fake tenso
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from triton.runtime.jit import JITFunction
 
 NAMESPACE = "int8pass_triton"
@@ -25,7 +28,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # A row of up to this many elements stays in registers; a longer one is read in pieces, once per pass.
-MAX_BLOCK, PIECE = 16384, 4096
+MAX_BLOCK, PIECE = 16384, 2048
 # Rows assumed for a symbolic size without a hint: a wrong guess costs time, never correctness.
 UNKNOWN_ROWS = 4096
 
@@ -60,10 +63,32 @@ def wrap_triton(kernel: Any) -> Any:
     return torch.library.wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel
 
 
-def as_rows(x: Tensor) -> Tensor:
-    """`x[..., K]` as `[M, K]` with adjacent elements in a row; rows may have any stride, so views stay views."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+class Rows(NamedTuple):
+    """`x[..., K]` as a kernel reads it: `count` rows of `width` adjacent elements, `stride` elements apart."""
+
+    data: Tensor
+    count: Any
+    width: int
+    stride: Any
+
+
+def as_rows(x: Tensor) -> Rows:
+    """`x` itself wherever one stride reaches every row (views of a merged linear, expanded rows), else a copy.
+
+    No reshape where none is needed: Inductor writes an input that several kernels view out once for each of them.
+    """
+    width = x.shape[-1]
+    leading = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if not _is(size, 1)]
+    regular = all(_is(outer_stride, size * stride) for (_, outer_stride), (size, stride) in itertools.pairwise(leading))
+    if not regular or not (_is(x.stride(-1), 1) or width == 1):
+        x = x.contiguous()
+        leading = []
+    return Rows(x, math.prod(x.shape[:-1]), width, leading[-1][1] if leading else width)
+
+
+def _is(size: Any, value: Any) -> bool:
+    """Equal for certain; of symbolic sizes nothing is assumed."""
+    return statically_known_true(size == value)
 
 
 def per_row(value: Tensor, x: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 W8A8 accumulates in int32 and finishes each tile in fp32: zero point, row and channel scale, outlier columns, bias, one
 rounding. Tiles of 64 rows and more use Hopper's warpgroup instruction, fewer rows the 16-row one of every chip since
-Turing. Row and column indices are clamped instead of masked: a tile's edge computes a row twice and does not store it.
+Turing. Rows beyond the last are masked, not clamped to it: programs that all read one row again queue at its place in
+the L2 (a clamped decode step took 1.4 times as long).
 """
 
 from __future__ import annotations
@@ -43,30 +44,41 @@ class Tile:
     stages: int
 
 
-# (up to this many rows, tile): starting points for one H100, see benchmarks; other chips get fewer stages where
-# shared memory is smaller.
-Tiles = tuple[tuple[float, Tile], ...]
+# (rows up to, channels up to, tile), the first that fits: best of a few on one H100 for the layers of a Llama-3-8B.
+# What counts is to give 132 multiprocessors one or two tiles each. Other chips get fewer stages where shared memory
+# is smaller.
+Tiles = tuple[tuple[float, float, Tile], ...]
+ANY = math.inf
 W8A8_TILES: Tiles = (
-    (16, Tile(16, 32, 256, 4, 5)),
-    (32, Tile(32, 64, 256, 4, 5)),
-    (64, Tile(64, 32, 256, 4, 5)),
-    (128, Tile(64, 64, 256, 4, 5)),
-    (1024, Tile(128, 128, 128, 8, 3)),
-    (math.inf, Tile(128, 256, 128, 8, 3)),
+    (16, ANY, Tile(16, 32, 256, 4, 5)),
+    (32, 8448, Tile(32, 32, 256, 4, 5)),
+    (32, ANY, Tile(32, 64, 256, 4, 5)),
+    (64, 4224, Tile(64, 32, 256, 4, 5)),
+    (64, 8448, Tile(64, 64, 256, 4, 5)),
+    (64, ANY, Tile(64, 64, 128, 4, 5)),
+    (128, 4224, Tile(64, 64, 256, 4, 5)),
+    (256, 4224, Tile(64, 64, 128, 4, 5)),
+    (128, 8448, Tile(64, 64, 128, 4, 5)),
+    (256, 8448, Tile(64, 128, 128, 4, 4)),
+    (ANY, ANY, Tile(128, 128, 128, 4, 3)),
 )
 # fp32 outliers take part without tensor cores (they have no full fp32 product), which needs registers.
 W8A8_FP32_OUTLIER_TILES: Tiles = (
-    (16, Tile(16, 32, 256, 4, 4)),
-    (math.inf, Tile(64, 64, 128, 4, 4)),
+    (16, ANY, Tile(16, 32, 256, 4, 4)),
+    (ANY, ANY, Tile(64, 64, 128, 4, 4)),
 )
 W8A16_TILES: Tiles = (
-    (16, Tile(16, 32, 256, 4, 4)),
-    (64, Tile(64, 64, 128, 4, 4)),
-    (math.inf, Tile(128, 128, 64, 8, 3)),
+    (16, ANY, Tile(16, 32, 256, 4, 4)),
+    (32, 8448, Tile(32, 32, 256, 4, 4)),
+    (32, ANY, Tile(32, 64, 128, 4, 4)),
+    (64, 8448, Tile(64, 32, 256, 4, 3)),
+    (64, ANY, Tile(64, 64, 128, 4, 4)),
+    (512, 8448, Tile(64, 128, 64, 4, 4)),
+    (ANY, ANY, Tile(128, 128, 64, 8, 3)),
 )
 W8A16_FP32_TILES: Tiles = (
-    (16, Tile(16, 32, 64, 4, 3)),
-    (math.inf, Tile(64, 64, 32, 8, 3)),
+    (16, ANY, Tile(16, 32, 64, 4, 3)),
+    (ANY, ANY, Tile(64, 64, 32, 8, 3)),
 )
 GEMV_ROWS, GEMV_BLOCK = 8, 512
 
@@ -87,14 +99,28 @@ def tile_position(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.
 
 
 @triton.jit
-def add_outliers(y, outliers, outlier_weight, R: tl.constexpr, BLOCK_R: tl.constexpr):
+def load_tile(pointers, has_row, inside, EVEN_ROWS: tl.constexpr, EVEN_DEPTH: tl.constexpr):
+    """A tile of a row-major operand with zeros where it ends; no mask in a dimension known to be whole."""
+    if EVEN_ROWS and EVEN_DEPTH:
+        tile = tl.load(pointers)
+    elif EVEN_DEPTH:
+        tile = tl.load(pointers, mask=has_row[:, None], other=0)
+    elif EVEN_ROWS:
+        tile = tl.load(pointers, mask=inside[None, :], other=0)
+    else:
+        tile = tl.load(pointers, mask=has_row[:, None] & inside[None, :], other=0)
+    return tile
+
+
+@triton.jit
+def add_outliers(y, outliers, outlier_weight, has_row, has_col, R: tl.constexpr, BLOCK_R: tl.constexpr):
     """`y + outliers @ outlier_weightᵀ` in fp32, given pointers to rows of `R`; int8 weights are exact in any float."""
     element = outliers.dtype.element_ty
     kind = outlier_weight.dtype.element_ty
     for start in range(0, R, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
-        o = tl.load(outliers + r[None, :], mask=(r < R)[None, :], other=0.0)
-        w = tl.load(outlier_weight + r[None, :], mask=(r < R)[None, :], other=0)
+        o = tl.load(outliers + r[None, :], mask=has_row[:, None] & (r < R)[None, :], other=0.0)
+        w = tl.load(outlier_weight + r[None, :], mask=has_col[:, None] & (r < R)[None, :], other=0)
         if INTERPRETED or (kind != element and kind != tl.int8):
             y = tl.dot(o.to(tl.float32), w.to(tl.float32).T, y, input_precision="ieee")
         else:
@@ -103,10 +129,10 @@ def add_outliers(y, outliers, outlier_weight, R: tl.constexpr, BLOCK_R: tl.const
 
 
 @triton.jit
-def store_tile(out, y, first_m, first_n, m, n, rows_left, cols_left, N):
+def store_tile(out, y, first_m, first_n, rows, cols, has_row, has_col, N):
     """Round a tile once and write the part of it that exists."""
-    pointers = out + first_m * N + first_n + (m[:, None] * N + n[None, :])
-    tl.store(pointers, rounded(y, out.dtype.element_ty), mask=(m < rows_left)[:, None] & (n < cols_left)[None, :])
+    pointers = out + first_m * N + first_n + (rows[:, None] * N + cols[None, :])
+    tl.store(pointers, rounded(y, out.dtype.element_ty), mask=has_row[:, None] & has_col[None, :])
 
 
 @triton.jit
@@ -116,35 +142,32 @@ def _linear_w8a8_kernel(
     outliers, outlier_stride, outlier_weight, outlier_weight_stride, out, M, N,
     K: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
+    EVEN_N: tl.constexpr,
 ):  # fmt: skip
     tile_m, tile_n = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP)
     # int64 for the tile's corner only (large tensors exceed 2^31 elements); offsets inside a tile fit int32.
     first_m = (tile_m * BLOCK_M).to(tl.int64)
     first_n = (tile_n * BLOCK_N).to(tl.int64)
-    m = tl.arange(0, BLOCK_M)
-    n = tl.arange(0, BLOCK_N)
-    rows = tl.minimum(m, M - tile_m * BLOCK_M - 1)
-    cols = tl.minimum(n, N - tile_n * BLOCK_N - 1)
+    rows = tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_N)
+    has_row = rows < M - tile_m * BLOCK_M
+    has_col = cols < N - tile_n * BLOCK_N
     depth = tl.arange(0, BLOCK_K)
     a_pointers = codes + first_m * codes_stride + (rows[:, None] * codes_stride + depth[None, :])
     w_pointers = weight + first_n * weight_stride + (cols[:, None] * weight_stride + depth[None, :])
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.int32)
     for start in range(0, K, BLOCK_K):
-        if K % BLOCK_K == 0:
-            a = tl.load(a_pointers)
-            w = tl.load(w_pointers)
-        else:
-            inside = (depth < K - start)[None, :]
-            a = tl.load(a_pointers, mask=inside, other=0)
-            w = tl.load(w_pointers, mask=inside, other=0)
+        a = load_tile(a_pointers, has_row, depth < K - start, False, K % BLOCK_K == 0)
+        w = load_tile(w_pointers, has_col, depth < K - start, EVEN_N, K % BLOCK_K == 0)
         acc = tl.dot(a, w.T, acc, out_dtype=tl.int32)
         a_pointers += BLOCK_K
         w_pointers += BLOCK_K
     if zero_point is not None:
-        zero = tl.load(zero_point + first_m * zero_point_stride + rows * zero_point_stride)
-        acc -= zero[:, None] * tl.load(weight_sum + first_n + cols)[None, :]
-    channel = tl.load(weight_scale + first_n + cols)[None, :]
-    y = acc.to(tl.float32) * tl.load(scale + first_m * scale_stride + rows * scale_stride)[:, None]
+        zero = tl.load(zero_point + first_m * zero_point_stride + rows * zero_point_stride, mask=has_row, other=0)
+        acc -= zero[:, None] * tl.load(weight_sum + first_n + cols, mask=has_col, other=0)[None, :]
+    channel = tl.load(weight_scale + first_n + cols, mask=has_col, other=0.0)[None, :]
+    token = tl.load(scale + first_m * scale_stride + rows * scale_stride, mask=has_row, other=0.0)
+    y = acc.to(tl.float32) * token[:, None]
     if R == 0:
         y *= channel
     else:
@@ -152,38 +175,34 @@ def _linear_w8a8_kernel(
         ow_pointers = outlier_weight + first_n * outlier_weight_stride + cols[:, None] * outlier_weight_stride
         if outlier_weight.dtype.element_ty == tl.int8:
             # Both parts share the channel's scale.
-            y = add_outliers(y, o_pointers, ow_pointers, R, BLOCK_R) * channel
+            y = add_outliers(y, o_pointers, ow_pointers, has_row, has_col, R, BLOCK_R) * channel
         else:
-            y = add_outliers(y * channel, o_pointers, ow_pointers, R, BLOCK_R)
+            y = add_outliers(y * channel, o_pointers, ow_pointers, has_row, has_col, R, BLOCK_R)
     if bias is not None:
-        y += tl.load(bias + first_n + cols).to(tl.float32)[None, :]
-    store_tile(out, y, first_m, first_n, m, n, M - tile_m * BLOCK_M, N - tile_n * BLOCK_N, N)
+        y += tl.load(bias + first_n + cols, mask=has_col, other=0.0).to(tl.float32)[None, :]
+    store_tile(out, y, first_m, first_n, rows, cols, has_row, has_col, N)
 
 
 @triton.jit
 def _linear_w8a16_kernel(
     x, x_stride, weight, weight_stride, weight_scale, bias, out, M, N,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    EVEN_N: tl.constexpr,
 ):  # fmt: skip
     tile_m, tile_n = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP)
     first_m = (tile_m * BLOCK_M).to(tl.int64)
     first_n = (tile_n * BLOCK_N).to(tl.int64)
-    m = tl.arange(0, BLOCK_M)
-    n = tl.arange(0, BLOCK_N)
-    rows = tl.minimum(m, M - tile_m * BLOCK_M - 1)
-    cols = tl.minimum(n, N - tile_n * BLOCK_N - 1)
+    rows = tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_N)
+    has_row = rows < M - tile_m * BLOCK_M
+    has_col = cols < N - tile_n * BLOCK_N
     depth = tl.arange(0, BLOCK_K)
     x_pointers = x + first_m * x_stride + (rows[:, None] * x_stride + depth[None, :])
     w_pointers = weight + first_n * weight_stride + (cols[:, None] * weight_stride + depth[None, :])
     y = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for start in range(0, K, BLOCK_K):
-        if K % BLOCK_K == 0:
-            a = tl.load(x_pointers)
-            w = tl.load(w_pointers)
-        else:
-            inside = (depth < K - start)[None, :]
-            a = tl.load(x_pointers, mask=inside, other=0.0)
-            w = tl.load(w_pointers, mask=inside, other=0)
+        a = load_tile(x_pointers, has_row, depth < K - start, False, K % BLOCK_K == 0)
+        w = load_tile(w_pointers, has_col, depth < K - start, EVEN_N, K % BLOCK_K == 0)
         # A code fits bf16 and fp16 exactly; the channel's scale comes after the sum.
         if INTERPRETED:
             y = tl.dot(a.to(tl.float32), w.to(tl.float32).T, y, input_precision="ieee")
@@ -191,10 +210,10 @@ def _linear_w8a16_kernel(
             y = tl.dot(a, w.to(x.dtype.element_ty).T, y, input_precision="ieee")
         x_pointers += BLOCK_K
         w_pointers += BLOCK_K
-    y *= tl.load(weight_scale + first_n + cols)[None, :]
+    y *= tl.load(weight_scale + first_n + cols, mask=has_col, other=0.0)[None, :]
     if bias is not None:
-        y += tl.load(bias + first_n + cols).to(tl.float32)[None, :]
-    store_tile(out, y, first_m, first_n, m, n, M - tile_m * BLOCK_M, N - tile_n * BLOCK_N, N)
+        y += tl.load(bias + first_n + cols, mask=has_col, other=0.0).to(tl.float32)[None, :]
+    store_tile(out, y, first_m, first_n, rows, cols, has_row, has_col, N)
 
 
 @triton.jit
@@ -204,17 +223,18 @@ def _gemv_w8a16_kernel(
 ):  # fmt: skip
     """One row of `x`: no tensor core, each program streams `BLOCK_N` rows of the weight."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    cols = tl.minimum(n, N - 1).to(tl.int64)
+    has_col = n < N
+    weight += n.to(tl.int64)[:, None] * weight_stride
     total = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
     for start in range(0, K, BLOCK_K):
         depth = start + tl.arange(0, BLOCK_K)
         a = tl.load(x + depth, mask=depth < K, other=0.0).to(tl.float32)
-        w = tl.load(weight + cols[:, None] * weight_stride + depth[None, :], mask=(depth < K)[None, :], other=0)
+        w = tl.load(weight + depth[None, :], mask=has_col[:, None] & (depth < K)[None, :], other=0)
         total += a[None, :] * w.to(tl.float32)
-    y = tl.sum(total, 1) * tl.load(weight_scale + cols)
+    y = tl.sum(total, 1) * tl.load(weight_scale + n, mask=has_col, other=0.0)
     if bias is not None:
-        y += tl.load(bias + cols).to(tl.float32)
-    tl.store(out + n, rounded(y, out.dtype.element_ty), mask=n < N)
+        y += tl.load(bias + n, mask=has_col, other=0.0).to(tl.float32)
+    tl.store(out + n, rounded(y, out.dtype.element_ty), mask=has_col)
 
 
 @functools.cache
@@ -225,24 +245,20 @@ def _shared_memory(device: torch.device) -> int:
     return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 * 1024))
 
 
-def choose_tile(
-    tiles: Tiles, rows: int, k: int, bytes_per_k: tuple[int, int], shared: int, narrow: bool = False
-) -> Tile:
-    """The table's tile for `rows`, fitted to `k`, with as many stages as `shared` bytes hold.
+def choose_tile(tiles: Tiles, rows: int, n: int, k: int, bytes_per_k: tuple[int, int], shared: int) -> Tile:
+    """The table's tile for `rows` and `n` channels, fitted to `k`, with as many stages as `shared` bytes hold.
 
     The depth is the largest that divides `k` (no masks in the loop) or, where none from 64 up does, that covers it.
-    `bytes_per_k` are the sizes of one element of the left and of the right operand; `narrow` asks for at most 128
-    channels, to leave registers to something else.
+    `bytes_per_k` are the sizes of one element of the left and of the right operand.
     """
-    tile = next(tile for up_to, tile in tiles if rows <= up_to)
+    tile = next(tile for most_rows, most_n, tile in tiles if rows <= most_rows and n <= most_n)
     depth = tile.k
     while k % depth and depth > 64:
         depth //= 2
     if k % depth:
-        depth, narrow = max(32, min(tile.k, triton.next_power_of_2(k))), True  # masks take registers
-    width = min(tile.n, 128) if narrow else tile.n
-    stage = (tile.m * bytes_per_k[0] + width * bytes_per_k[1]) * depth
-    return replace(tile, n=width, k=depth, stages=max(1, min(tile.stages, shared // stage)))
+        depth = max(32, min(tile.k, triton.next_power_of_2(k)))
+    stage = (tile.m * bytes_per_k[0] + tile.n * bytes_per_k[1]) * depth
+    return replace(tile, k=depth, stages=max(1, min(tile.stages, shared // stage)))
 
 
 def _count(size: int, tile: int) -> int:
@@ -288,8 +304,7 @@ def linear_w8a8_tiles(
 ) -> Tensor:
     """One launch: int32 product and everything after it."""
     rows = as_rows(codes)
-    m, k = rows.shape
-    n = weight.shape[0]
+    m, k, n = rows.count, rows.width, weight.shape[0]
     out = torch.empty((*codes.shape[:-1], n), dtype=dtype, device=codes.device)
     if empty(m) or empty(n):
         return out
@@ -298,23 +313,20 @@ def linear_w8a8_tiles(
     if zero_point is not None:
         assert weight_sum is not None
         zeros, sums = per_row(zero_point, codes), weight_sum.contiguous()
-    r, tiles, narrow = 0, W8A8_TILES, False
+    r, tiles, left = 0, W8A8_TILES, None
     if outliers is not None and outliers.shape[-1] > 0:
         assert outlier_weight is not None
-        outliers, outlier_weight, r = as_rows(outliers), _weight_rows(outlier_weight), outliers.shape[-1]
-        narrow = outlier_weight.dtype == torch.int8
+        left, outlier_weight, r = as_rows(outliers), _weight_rows(outlier_weight), outliers.shape[-1]
         if torch.float32 in (outliers.dtype, outlier_weight.dtype):
             tiles = W8A8_FP32_OUTLIER_TILES
-    else:
-        outliers = outlier_weight = None
-    tile = choose_tile(tiles, expected_rows(m), k, (1, 1), _shared_memory(codes.device), narrow)
+    tile = choose_tile(tiles, expected_rows(m), n, k, (1, 1), _shared_memory(codes.device))
     wrap_triton(_linear_w8a8_kernel)[(_count(m, tile.m) * _count(n, tile.n),)](
-        rows, rows.stride(0), scales, scales.stride(0), zeros, 0 if zeros is None else zeros.stride(0),
+        rows.data, rows.stride, scales, scales.stride(0), zeros, 0 if zeros is None else zeros.stride(0),
         weight, weight.stride(0), weight_scale.contiguous(), sums, None if bias is None else bias.contiguous(),
-        outliers, 0 if outliers is None else outliers.stride(0),
-        outlier_weight, 0 if outlier_weight is None else outlier_weight.stride(0), out, m, n,
+        None if left is None else left.data, 0 if left is None else left.stride,
+        outlier_weight if r else None, outlier_weight.stride(0) if r and outlier_weight is not None else 0, out, m, n,
         K=k, R=r, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_R=16 if r <= 16 else 32, GROUP=GROUP_M,
-        num_warps=tile.warps, num_stages=tile.stages,
+        EVEN_N=n % tile.n == 0, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
 
@@ -324,8 +336,7 @@ def linear_w8a8_tiles(
 def linear_w8a16_tiles(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """One launch: a product without tensor cores for a single row, else the weight tile widened to the type of `x`."""
     rows = as_rows(x)
-    m, k = rows.shape
-    n = weight.shape[0]
+    m, k, n = rows.count, rows.width, weight.shape[0]
     out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
     if empty(m) or empty(n):
         return out
@@ -334,17 +345,17 @@ def linear_w8a16_tiles(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Te
     if isinstance(m, int) and m == 1:
         block = min(GEMV_BLOCK, triton.next_power_of_2(k))
         wrap_triton(_gemv_w8a16_kernel)[(_count(n, GEMV_ROWS),)](
-            rows, weight, weight.stride(0), weight_scale, bias, out, n,
+            rows.data, weight, weight.stride(0), weight_scale, bias, out, n,
             K=k, BLOCK_N=GEMV_ROWS, BLOCK_K=block, num_warps=4,
         )  # fmt: skip
         return out
     tiles = W8A16_FP32_TILES if x.dtype == torch.float32 else W8A16_TILES
     # The widened weight tile passes through shared memory beside the stages: leave room for it.
     sizes = (x.dtype.itemsize, 1 + x.dtype.itemsize)
-    tile = choose_tile(tiles, expected_rows(m), k, sizes, _shared_memory(x.device))
+    tile = choose_tile(tiles, expected_rows(m), n, k, sizes, _shared_memory(x.device))
     wrap_triton(_linear_w8a16_kernel)[(_count(m, tile.m) * _count(n, tile.n),)](
-        rows, rows.stride(0), weight, weight.stride(0), weight_scale, bias, out, m, n,
+        rows.data, rows.stride, weight, weight.stride(0), weight_scale, bias, out, m, n,
         K=k, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=GROUP_M,
-        num_warps=tile.warps, num_stages=tile.stages,
+        EVEN_N=n % tile.n == 0, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out

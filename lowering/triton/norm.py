@@ -155,21 +155,20 @@ def _norm_quantize(
     symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    if residual is not None:
+    if residual is not None and residual.shape != x.shape:
         x, residual = torch.broadcast_tensors(x, residual)
-        residual = as_rows(residual)
-    rows = as_rows(x)
-    m, k = rows.shape
+    rows, added = as_rows(x), None if residual is None else as_rows(residual)
+    k = rows.width
     hidden = x if residual is None else torch.empty(x.shape, dtype=dtype, device=x.device)
     codes, scale, zero_point = row_outputs(x, symmetric)
     columns = None if columns is None else _split_columns(columns)
     r = 0 if columns is None else columns.shape[0]
     round_first = mode == "rms_round_first"
     outliers = torch.empty((*x.shape[:-1], r), dtype=_norm_dtype(dtype, weight, round_first), device=x.device)
-    if not empty(m):
+    if not empty(rows.count):
         block, warps = row_block(k)
-        wrap_triton(_norm_quantize_kernel)[(m,)](
-            rows, rows.stride(0), residual, 0 if residual is None else residual.stride(0),
+        wrap_triton(_norm_quantize_kernel)[(rows.count,)](
+            rows.data, rows.stride, None if added is None else added.data, 0 if added is None else added.stride,
             None if weight is None else weight.contiguous(), None if bias is None else bias.contiguous(),
             None if columns is None else removed_columns(k, columns), columns,
             None if residual is None else hidden, codes, scale,
@@ -185,12 +184,12 @@ def _norm_quantize(
 def rms_norm_rows(x: Tensor, weight: Tensor | None, eps: float, offset: float, round_first: bool) -> Tensor:
     """One launch, statistics in fp32, the result rounded in the model's own order."""
     rows = as_rows(x)
-    m, k = rows.shape
+    k = rows.width
     out = torch.empty(x.shape, dtype=_norm_dtype(x.dtype, weight, round_first), device=x.device)
-    if not empty(m):
+    if not empty(rows.count):
         block, warps = row_block(k)
-        wrap_triton(_rms_norm_kernel)[(m,)](
-            rows, rows.stride(0), None if weight is None else weight.contiguous(), out, eps, offset,
+        wrap_triton(_rms_norm_kernel)[(rows.count,)](
+            rows.data, rows.stride, None if weight is None else weight.contiguous(), out, eps, offset,
             K=k, ROUND_FIRST=round_first, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return out

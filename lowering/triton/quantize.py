@@ -26,7 +26,7 @@ from lowering.ops.quantize import (
     split_quantize,
     split_quantize_dynamic,
 )
-from lowering.triton.launch import as_rows, empty, row_block, takes_rows, traceable, wrap_triton
+from lowering.triton.launch import Rows, as_rows, empty, row_block, takes_rows, traceable, wrap_triton
 
 # Adding 1.5 * 2^23 leaves the rounded (half to even) value in the low mantissa bits, for |v| < 2^22.
 ROUND_MAGIC = tl.constexpr(12582912.0)
@@ -149,17 +149,16 @@ def row_outputs(like: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _quantize(
-    x: Tensor, removed: Tensor | None, columns: Tensor | None, taken: Tensor | None, symmetric: bool
+    x: Tensor, rows: Rows, removed: Tensor | None, columns: Tensor | None, taken: Tensor | None, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = as_rows(x)
-    m, k = rows.shape
+    k = rows.width
     r = 0 if columns is None else columns.shape[0]
     codes, scale, zero_point = row_outputs(x, symmetric)
     outliers = torch.empty((*x.shape[:-1], r), dtype=x.dtype, device=x.device)
-    if not empty(m):
+    if not empty(rows.count):
         block, warps = row_block(k)
-        wrap_triton(_quantize_rows_kernel)[(m,)](
-            rows, rows.stride(0), removed, columns, taken, codes, scale,
+        wrap_triton(_quantize_rows_kernel)[(rows.count,)](
+            rows.data, rows.stride, removed, columns, taken, codes, scale,
             None if symmetric else zero_point, outliers if r else None,
             K=k, R=r, SYMMETRIC=symmetric, BLOCK=block, BLOCK_R=triton.next_power_of_2(max(r, 1)), num_warps=warps,
         )  # fmt: skip
@@ -174,7 +173,7 @@ def _split_columns(columns: Tensor) -> Tensor | None:
 @traceable
 def quantize_rows(x: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
     """One launch: scale and codes of each row."""
-    return _quantize(x, None, None, None, symmetric)[:3]
+    return _quantize(x, as_rows(x), None, None, None, symmetric)[:3]
 
 
 @split_quantize.impl("triton", when=lambda x, columns, symmetric: takes_rows(x))
@@ -183,7 +182,7 @@ def split_quantize_rows(x: Tensor, columns: Tensor, symmetric: bool) -> tuple[Te
     """`quantize_rows` that leaves `columns` out of codes and scale and gathers them in the same launch."""
     taken = _split_columns(columns)
     removed = None if taken is None else removed_columns(x.shape[-1], taken)
-    return _quantize(x, removed, taken, None, symmetric)
+    return _quantize(x, as_rows(x), removed, taken, None, symmetric)
 
 
 @split_quantize_dynamic.impl("triton", when=lambda x, capacity, threshold, symmetric: takes_rows(x))
@@ -193,13 +192,13 @@ def split_quantize_rows_dynamic(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Column absmax in one launch, `torch.topk` on the device, then `split_quantize_rows`: no host synchronisation."""
     rows = as_rows(x)
-    m, k = rows.shape
+    m, k = rows.count, rows.width
     bits = torch.zeros(k, dtype=torch.int32, device=x.device)
     if not empty(m):
         block_k, group = 128, 256
         grid = ((m + group - 1) // group, triton.cdiv(k, block_k))
         wrap_triton(_column_absmax_kernel)[grid](
-            rows, rows.stride(0), bits, m, k, BLOCK_M=16, BLOCK_K=block_k, ROWS=group, num_warps=4
+            rows.data, rows.stride, bits, m, k, BLOCK_M=16, BLOCK_K=block_k, ROWS=group, num_warps=4
         )
     # In the dtype of `x` (exact): equal values are frequent there, and `topk` orders them by an algorithm per dtype.
     absmax = bits.view(torch.float32).to(x.dtype)
@@ -209,7 +208,7 @@ def split_quantize_rows_dynamic(
     if threshold <= 0.0:
         overflow = torch.zeros_like(overflow)
     removed = removed_columns(k, columns, taken)
-    return (*_quantize(x, removed, columns, taken.to(torch.int8), symmetric), columns, overflow)
+    return (*_quantize(x, rows, removed, columns, taken.to(torch.int8), symmetric), columns, overflow)
 
 
 # Left over from the portable form when nothing fused them: plain tensor code, which Inductor compiles to Triton itself.
