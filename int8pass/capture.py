@@ -41,6 +41,8 @@ class Program:
     placeholders: list[int]
     origins: list[fx.Node] = field(default_factory=list)
     """Dynamo's placeholder of every captured input, whose source and metadata AOTAutograd asks for."""
+    evaluated: dict[Any, Any] = field(default_factory=dict)
+    """Fake results of our ops by the signature of their arguments (`graph.rewrite.Edit.evaluate`)."""
 
     @property
     def graph(self) -> fx.Graph:

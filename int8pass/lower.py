@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._dynamo.source import LocalSource
+from torch._guards import TracingContext
 from torch._inductor.compile_fx import compile_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
 
 from int8pass.capture import Program
 from int8pass.errors import UnsupportedError
@@ -185,10 +187,24 @@ def mark_placeholders(program: Program, gm: fx.GraphModule) -> None:
     program.gm._param_name_to_source = dict(getattr(gm, "_param_name_to_source", None) or {})  # type: ignore[assignment]
 
 
+def _keep_static(program: Program, packed: Sequence[Tensor]) -> None:
+    """Packed weights have no dynamic sizes: Dynamo knows nothing of them, and would make a symbol of every size."""
+    context = TracingContext.get()
+    placeholders = [n for n in program.graph.nodes if n.op == "placeholder"][len(program.placeholders) :]
+    for node, tensor in zip(placeholders, packed, strict=True):
+        if tensor not in context.tensor_to_context:
+            context.tensor_to_context[tensor] = StatefulSymbolicContext(
+                dynamic_sizes=[DimDynamic.STATIC] * tensor.dim(),
+                tensor_source=node._dynamo_source,  # type: ignore[attr-defined]
+                shape_env_to_source_to_symbol_cache={},
+            )
+
+
 def compile_with_inductor(program: Program, inputs: Sequence[Any], config: dict[str, Any]) -> Callable[..., Any]:
     """Inductor on the lowered graph; `config` patches its configuration for this compilation only."""
     program.graph.eliminate_dead_code()
     program.graph.lint()
     program.gm.recompile()
+    _keep_static(program, inputs[len(program.placeholders) :])
     with torch.no_grad():
         return compile_fx(program.gm, list(inputs), config_patches=config)

@@ -122,9 +122,8 @@ class Constants:
     def node(self, constant: Constant, before: fx.Node) -> fx.Node:
         """A `get_attr` node for a registered constant, inserted at the head of the graph once and reused."""
         name = self._by_constant[constant]
-        for node in self._gm.graph.nodes:
-            if node.op == "get_attr" and node.target == name:
-                return node
+        for node in self._gm.graph.find_nodes(op="get_attr", target=name):
+            return node
         first = next(n for n in self._gm.graph.nodes if n.op != "placeholder")
         with self._gm.graph.inserting_before(first):
             node = self._gm.graph.create_node("get_attr", name)

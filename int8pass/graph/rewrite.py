@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
+from torch.utils import _pytree as pytree
 
 from int8pass.capture import Program
 from int8pass.graph.constants import Compute, Constant
+from lowering import registry
 
 # Metadata that says where a node comes from; copied to what replaces it, so that reasons can name the source line.
 _PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node")
@@ -46,11 +48,22 @@ class Edit:
         return node
 
     def evaluate(self, node: fx.Node) -> None:
-        """Compute the fake value of a call from those of its arguments."""
+        """Compute the fake value of a call from those of its arguments.
+
+        A model repeats its layers, and running a reference on fake tensors takes milliseconds: calls of our ops with
+        arguments of equal shape share one evaluation.
+        """
         arguments = fx.node.map_arg(node.args, lambda n: n.meta["val"])
         assert callable(node.target)
+        known = self.program.evaluated
+        key = (node.target, _signature(arguments)) if registry.find(node.target) else None
         with torch.no_grad(), self.program.fake_mode:
-            node.meta["val"] = node.target(*arguments, **node.kwargs)
+            if key in known:
+                node.meta["val"] = pytree.tree_map_only(Tensor, _another, known[key])
+            else:
+                node.meta["val"] = node.target(*arguments, **node.kwargs)
+                if key is not None:
+                    known[key] = node.meta["val"]
 
     def element(self, node: fx.Node, index: int) -> fx.Node:
         """`node[index]`, right after `node` or its other elements."""
@@ -72,6 +85,23 @@ class Edit:
     def constant(self, node: object) -> Constant | None:
         """The constant that `node` reads, if it is one."""
         return self.program.constants.get(node)
+
+
+def _another(tensor: Tensor) -> Tensor:
+    """A fake tensor like this one, in memory of its own."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+
+
+def _signature(value: Any) -> Any:
+    """Hashable: equal for arguments that give results of equal shape, strides, dtype and device."""
+    if isinstance(value, Tensor):
+        sizes = (*value.shape, *value.stride())
+        return (value.dtype, value.device, value.dim(), tuple(_signature(s) for s in sizes))
+    if isinstance(value, torch.SymInt):
+        return value.node.expr
+    if isinstance(value, (list, tuple)):
+        return tuple(_signature(v) for v in value)
+    return value
 
 
 Rule = Callable[[fx.Node, Edit], "fx.Node | NoMatch | None"]

@@ -9,14 +9,19 @@ from torch import Tensor
 from lowering.ops.linear import linear_w8a8, linear_w8a16
 
 
+def _int_mm(rows: Tensor, weight: Tensor) -> Tensor:
+    """`rows[M, K] @ weight[N, K]ᵀ` in int32, around what `torch._int_mm` gets wrong (torch 2.11 to 2.13)."""
+    if rows.shape[1] == 1:  # reads past the end
+        rows, weight = F.pad(rows, (0, 1)), F.pad(weight, (0, 1))
+    count = rows.shape[0]
+    if isinstance(count, int) and count == 1:  # trusts the row stride, which means nothing with one row
+        return torch._int_mm(torch.cat([rows, rows]), weight.t())[:1]
+    return torch._int_mm(rows.contiguous(), weight.t())  # expanded rows are read wrong
+
+
 def _int32_product(codes: Tensor, weight: Tensor) -> Tensor:
     """`codes[..., K] @ weight[N, K]ᵀ` in int32."""
-    rows = codes.reshape(-1, codes.shape[-1])
-    if isinstance(rows.shape[0], int) and rows.shape[0] == 1:
-        # With one row `_int_mm` trusts the row stride, which is arbitrary there, and reads garbage (torch 2.11 to
-        # 2.13): a second row makes the stride real. Rows are free as long as the weight is read once.
-        return torch._int_mm(torch.cat([rows, rows]), weight.t())[:1].view(*codes.shape[:-1], weight.shape[0])
-    return torch._int_mm(rows, weight.t()).view(*codes.shape[:-1], weight.shape[0])
+    return _int_mm(codes.reshape(-1, codes.shape[-1]), weight).view(*codes.shape[:-1], weight.shape[0])
 
 
 @linear_w8a8.impl("cpu")
@@ -40,7 +45,8 @@ def linear_int_mm(
     y = acc.float() * scale * weight_scale
     if outliers is not None:
         assert outlier_weight is not None
-        part = F.linear(outliers, outlier_weight.to(outliers.dtype)).float()
+        wide = outliers.dtype if outlier_weight.dtype == torch.int8 else outlier_weight.dtype
+        part = F.linear(outliers.to(wide), outlier_weight.to(wide)).float()
         y = y + (part * weight_scale if outlier_weight.dtype == torch.int8 else part)
     if bias is not None:
         y = y + bias.float()
@@ -56,14 +62,39 @@ def linear_dequantized_weight(x: Tensor, weight: Tensor, weight_scale: Tensor, b
 
 def _one_row(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> bool | str:
     sizes = x.shape[:-1]
-    if all(isinstance(s, int) and s == 1 for s in sizes):
-        return True
-    return "takes a single token"
+    return all(isinstance(s, int) and s == 1 for s in sizes) or "takes a single token"
+
+
+def _one_bf16_row(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> bool | str:
+    return (x.dtype == torch.bfloat16 and _one_row(x, weight, weight_scale, bias) is True) or "takes a single bf16 token"
 
 
 @linear_w8a16.impl("cpu", when=_one_row)
 def linear_matrix_vector(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """One row: a sum of products that Inductor fuses with the conversion, so that the weight is read once, as int8."""
+    """One row: a sum of products, in which Inductor converts the int8 weight as it reads it."""
     y = (x.reshape(1, -1).float() * weight.float()).sum(-1) * weight_scale
+    y = y if bias is None else y + bias.float()
+    return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.custom_op("int8pass_cpu::bf16_row_times_int8", mutates_args=())
+def _bf16_row_times_int8(x: Tensor, weight: Tensor, ones: Tensor) -> Tensor:
+    """`x[1, K] bf16 @ weight[N, K]ᵀ int8` as bf16 `[1, N]`, by ATen's kernel.
+
+    An op of its own, because Inductor (2.13) fails on ATen's when its input is not in memory yet.
+    """
+    return torch._weight_int8pack_mm(x, weight, ones)
+
+
+@_bf16_row_times_int8.register_fake
+def _(x: Tensor, weight: Tensor, ones: Tensor) -> Tensor:
+    return x.new_empty(1, weight.shape[0])
+
+
+@linear_w8a16.impl("cpu", when=_one_bf16_row)
+def linear_int8pack(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """One bf16 row: ATen's matrix-vector product. It would take bf16 scales; the fp32 ones are applied here."""
+    ones = torch.ones(weight.shape[0], dtype=torch.bfloat16, device=x.device)
+    y = _bf16_row_times_int8(x.reshape(1, -1), weight, ones)[0].float() * weight_scale
     y = y if bias is None else y + bias.float()
     return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])

@@ -82,6 +82,9 @@ def w8a16_samples(device: torch.device) -> Iterator[Sample]:
         ("decode", (1, 64, 128), torch.float32),
         ("decode_bf16", (1, 96, 576), torch.bfloat16),
         ("prefill_bf16", (33, 64, 192), torch.bfloat16),
+        ("decode_odd_bf16", (1, 7, 123), torch.bfloat16),
+        ("decode_tiny", (1, 1, 1), torch.float32),
+        ("decode_f16", (1, 33, 96), torch.float16),
         ("odd", (3, 7, 123), torch.float32),
         ("tiny", (2, 1, 1), torch.float16),
     ]:

@@ -75,7 +75,7 @@ class Rows(NamedTuple):
 def as_rows(x: Tensor) -> Rows:
     """`x` itself wherever one stride reaches every row (views of a merged linear, expanded rows), else a copy.
 
-    No reshape where none is needed: Inductor writes an input that several kernels view out once for each of them.
+    No reshape where none is needed: a kernel argument that is a view can cost a copy in Inductor.
     """
     width = x.shape[-1]
     leading = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if not _is(size, 1)]

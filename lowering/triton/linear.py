@@ -26,6 +26,7 @@ from lowering.triton.launch import (
     expected_rows,
     per_row,
     rounded,
+    takes_rows,
     traceable,
     wrap_triton,
 )
@@ -274,15 +275,7 @@ def _fits_w8a8(codes: Tensor, *rest: object) -> bool | str:
     outliers, dtype = rest[6], rest[8]
     if dtype not in FLOATS or (isinstance(outliers, Tensor) and outliers.dtype not in FLOATS):
         return "the Triton kernels take float32, bfloat16 and float16"
-    return _fits_depth(codes)
-
-
-def _fits_w8a16(x: Tensor, *rest: object) -> bool | str:
-    return _fits_depth(x) if x.dtype in FLOATS else "the Triton kernels take float32, bfloat16 and float16"
-
-
-def _fits_depth(x: Tensor) -> bool | str:
-    k = x.shape[-1]
+    k = codes.shape[-1]
     if not isinstance(k, int) or k == 0:
         return "the Triton kernels need a last dimension of fixed size, at least 1"
     return k <= MAX_K or f"{k} input channels may overflow an int32 sum (at most {MAX_K})"
@@ -331,7 +324,7 @@ def linear_w8a8_tiles(
     return out
 
 
-@linear_w8a16.impl("triton", when=_fits_w8a16)
+@linear_w8a16.impl("triton", when=lambda x, *rest: takes_rows(x))
 @traceable
 def linear_w8a16_tiles(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """One launch: a product without tensor cores for a single row, else the weight tile widened to the type of `x`."""
