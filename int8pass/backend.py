@@ -33,8 +33,9 @@ def int8(
 ) -> Callable[..., Any]:
     """Compile a Dynamo graph to int8. Called by `torch.compile(model, backend="int8", options=..., mode=...)`.
 
-    Options: `recipe` (a preset name, a `Recipe`, or the path of one), `free_weights`, `quantize_head`, `inductor`
-    (Inductor settings for this compilation), and any field of `Scheme`.
+    Options: `recipe` (a preset name, a `Recipe`, or the path of one), `free_weights`, `quantize_head`, `mode` (as in
+    torch.compile, which does not take mode and options together), `inductor` (Inductor settings for this compilation),
+    and any field of `Scheme`.
 
     Raises (as torch's BackendCompilerFailed):
         OptionError: an unknown option, preset, mode or value.
@@ -45,8 +46,8 @@ def int8(
     _refuse_gradients(example_inputs)
     program = from_dynamo(gm, example_inputs)
     facts = pipeline.to_portable(program, settings.recipe)
-    pipeline.to_lowered(program, facts)
     counts_overflow = _output_overflow(program, facts.overflows)
+    pipeline.to_lowered(program, facts)
     constants = lift_constants(program)
     mark_placeholders(program, gm)
     release = _releaser(constants, example_inputs) if settings.free_weights else None
@@ -68,14 +69,13 @@ def _output_overflow(program: Program, overflows: list[fx.Node]) -> bool:
     """Add the number of outlier columns that found no place, over all sites, as a last output of the graph."""
     from int8pass.graph.rewrite import Edit
 
-    live = [n for n in overflows if not n._erased]
-    if not live:
+    if not overflows:
         return False
     output = next(n for n in reversed(program.graph.nodes) if n.op == "output")
     edit = Edit(program)
-    total = edit.call(torch.ops.aten.stack.default, live, before=output)
+    total = edit.call(torch.ops.aten.stack.default, overflows, before=output)
     total = edit.call(torch.ops.aten.sum.default, total, before=output)
-    output.args = ((*output.args[0], total),)  # type: ignore[misc]
+    output.args = ((*output.args[0], total),)
     return True
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import exc as dynamo_exc
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -64,7 +65,7 @@ def from_dynamo(gm: fx.GraphModule, inputs: Sequence[Any]) -> Program:
         for v in inputs
     ]
     try:
-        with torch.no_grad(), fake_mode, preserve_node_meta():
+        with torch.no_grad(), fake_mode, enable_python_dispatcher(), preserve_node_meta():
             traced = make_fx(fx.Interpreter(gm).run, pre_dispatch=True)(*fakes)
     except _SWALLOWED as error:
         raise CaptureError(f"the model has an operation whose result depends on data: {error}") from error

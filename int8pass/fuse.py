@@ -106,11 +106,18 @@ def _element(node: object, index: int, name: str) -> fx.Node | None:
     return None
 
 
+def _index(element: fx.Node) -> int:
+    """The index of a `getitem` node."""
+    index = element.args[1]
+    assert isinstance(index, int)
+    return index
+
+
 def _replace_elements(old: fx.Node, new: fx.Node, shift: int, edit: Edit) -> None:
     """Let every `old[i]` be `new[i + shift]`."""
     for user in list(old.users):
         if user.target is operator.getitem:
-            user.replace_all_uses_with(edit.element(new, user.args[1] + shift))  # type: ignore[operator]
+            user.replace_all_uses_with(edit.element(new, _index(user) + shift))
 
 
 def _fuse_split(node: fx.Node, edit: Edit, split_name: str, fused: object) -> fx.Node | None:
@@ -123,8 +130,8 @@ def _fuse_split(node: fx.Node, edit: Edit, split_name: str, fused: object) -> fx
     new = edit.call(fused, *split.args, node.args[1], before=split)
     _replace_elements(node, new, 0, edit)
     for user in list(split.users):
-        if user.target is operator.getitem and user.args[1] != 0:
-            user.replace_all_uses_with(edit.element(new, user.args[1] + 2))  # type: ignore[operator]
+        if user.target is operator.getitem and _index(user) != 0:
+            user.replace_all_uses_with(edit.element(new, _index(user) + 2))
     return new
 
 
@@ -155,7 +162,7 @@ def fuse_norm(node: fx.Node, edit: Edit) -> fx.Node | None:
     norm, columns, symmetric = found
     if op_name(norm) == "rms_norm":
         x, gamma, eps, offset, round_first = norm.args
-        arguments = (x, gamma, None, eps, offset, "rms_round_first" if round_first else "rms")
+        arguments: tuple[object, ...] = (x, gamma, None, eps, offset, "rms_round_first" if round_first else "rms")
     else:
         defaults = (None, None, None, None, 1e-5)  # of aten.layer_norm
         x, shape, gamma, beta, eps = (*norm.args, *defaults[len(norm.args) :])[:5]
@@ -282,7 +289,7 @@ def _all(constants: list[Constant | None]) -> list[Constant]:
 
 
 def _views_to_reshapes(node: fx.Node) -> None:
-    """A slice of a merged result is not contiguous: a `view` of it becomes a `reshape` (still a view where it can be)."""
+    """A slice of a merged result is not contiguous: a `view` of it becomes a `reshape` (a view where it can)."""
     for user in node.users:
         if user.target in (aten.view.default, aten._unsafe_view.default):
             user.target = aten.reshape.default

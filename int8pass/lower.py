@@ -62,7 +62,7 @@ def choose(op: registry.Op, values: tuple[Any, ...]) -> registry.Implementation:
 def load_target(target: str) -> None:
     """Import the implementations of one target; the others need not be installed."""
     if target == "triton":
-        import lowering.triton  # noqa: F401
+        import lowering.triton
     else:
         import lowering.cpu  # noqa: F401
 
@@ -86,7 +86,7 @@ def lift_constants(program: Program) -> list[Constant]:
             placeholder._dynamo_source = program.origins[constant.position]._dynamo_source  # type: ignore[attr-defined]
         else:
             # A name no user variable can have; AOTAutograd wants sources, and wants them unique.
-            placeholder._dynamo_source = LocalSource(f"__int8pass_{len(lifted)}")  # type: ignore[attr-defined]
+            placeholder._dynamo_source = LocalSource(f"__int8pass_{len(lifted)}")
         node.replace_all_uses_with(placeholder)
         graph.erase_node(node)
         lifted.append(constant)
@@ -177,7 +177,7 @@ def _not_compiled(*arguments: Any) -> Any:
 
 
 def mark_placeholders(program: Program, gm: fx.GraphModule) -> None:
-    """Give surviving inputs Dynamo's source and metadata, and the module the keys by which AOT knows Dynamo's graphs."""
+    """Give surviving inputs Dynamo's source and metadata, and the module what AOT knows Dynamo's graphs by."""
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
     for node, position in zip(placeholders, program.placeholders):
         origin = program.origins[position]
@@ -195,7 +195,7 @@ def _keep_static(program: Program, packed: Sequence[Tensor]) -> None:
         if tensor not in context.tensor_to_context:
             context.tensor_to_context[tensor] = StatefulSymbolicContext(
                 dynamic_sizes=[DimDynamic.STATIC] * tensor.dim(),
-                tensor_source=node._dynamo_source,  # type: ignore[attr-defined]
+                tensor_source=node._dynamo_source,
                 shape_env_to_source_to_symbol_cache={},
             )
 
@@ -207,4 +207,6 @@ def compile_with_inductor(program: Program, inputs: Sequence[Any], config: dict[
     program.gm.recompile()
     _keep_static(program, inputs[len(program.placeholders) :])
     with torch.no_grad():
-        return compile_fx(program.gm, list(inputs), config_patches=config)
+        function = compile_fx(program.gm, list(inputs), config_patches=config)
+    assert callable(function)
+    return function

@@ -9,6 +9,7 @@ reason, the node and the line of the model's source. Does not change the graph.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -29,7 +30,17 @@ VIEWS = {
 }  # fmt: skip
 _CASTS = {"to", "_to_copy", "type_as"}
 ACTIVATIONS = {"silu", "gelu", "relu", "sigmoid", "tanh", "leaky_relu", "elu", "hardswish", "mish", "softplus"}
-_POINTWISE_EXIT = ACTIVATIONS | {"mul", "div", "add", "sub", "neg", "softmax", "log_softmax", "_softmax", "_log_softmax"}
+_POINTWISE_EXIT = ACTIVATIONS | {
+    "mul",
+    "div",
+    "add",
+    "sub",
+    "neg",
+    "softmax",
+    "log_softmax",
+    "_softmax",
+    "_log_softmax",
+}
 _STACKED = {"bmm", "baddbmm", "_grouped_mm", "matmul", "mm", "addmm", "einsum", "_scaled_grouped_mm"}
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -94,7 +105,7 @@ def match(program: Program, recipe: Recipe) -> Matches:
     refusals: list[Refusal] = []
     for node in program.graph.nodes:
         name = op_name(node)
-        if name in _STACKED and _has_constant_operand(node, program):
+        if (name in _STACKED or "grouped_mm" in name) and _has_constant_operand(node, program):
             reason = "stacked expert weights: one weight of several matrices, chosen per token; not supported yet"
             refusals.append(Refusal(module_path(node), reason, node))
         if name != "linear":
@@ -126,7 +137,8 @@ def _shape(linear: fx.Node) -> tuple[int, int]:
 def _refuse(node: fx.Node, program: Program, recipe: Recipe, mutated: set[fx.Node]) -> str | None:
     """Why this linear cannot or should not be quantized; None when it can."""
     x, weight = node.args[0], node.args[1]
-    assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+    assert isinstance(x, fx.Node)
+    assert isinstance(weight, fx.Node)
     if program.constants.get(weight) is None:
         return f"its weight is no parameter but computed in the graph (by {op_name(weight) or weight.op})"
     value, dtype = weight.meta["val"], node.meta["val"].dtype
@@ -231,9 +243,5 @@ def source_line(node: fx.Node) -> str:
 
 def rows(tensor: Tensor) -> int | None:
     """Number of tokens of `[..., K]` when it is static, else None."""
-    count = 1
-    for size in tensor.shape[:-1]:
-        if not isinstance(size, int):
-            return None
-        count *= size
-    return count
+    sizes = tensor.shape[:-1]
+    return None if any(isinstance(size, torch.SymInt) for size in sizes) else math.prod(sizes)

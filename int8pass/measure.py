@@ -206,9 +206,7 @@ def perplexity(form: Form, windows: Tensor, progress: Progress = lambda *_: None
     return math.exp(loss / (len(windows) * (windows.shape[1] - 1)))
 
 
-def time_prefill(
-    forms: Sequence[Form], ids: Tensor, rounds: int, progress: Progress = lambda *_: None
-) -> list[float]:
+def time_prefill(forms: Sequence[Form], ids: Tensor, rounds: int, progress: Progress = lambda *_: None) -> list[float]:
     """Median seconds of a prefill of `ids` `[1, T]`, the forms in alternation."""
 
     def once(form: Form) -> float:

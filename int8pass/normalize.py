@@ -167,7 +167,7 @@ def _rms_arguments(node: fx.Node, found: Bindings, offset: float, edit: Edit) ->
 
 
 def _computes_in_fp32(node: fx.Node) -> bool:
-    """True when the mean of squares under a matched norm is fp32 (a norm computed in bf16 throughout stays as it is)."""
+    """True when the mean of squares under a matched norm is fp32; a norm in bf16 throughout stays as it is."""
     seen, todo = set(), [node]
     while todo:
         current = todo.pop()
@@ -184,10 +184,11 @@ def aten_rms_norm(node: fx.Node, edit: Edit) -> fx.Node | None:
     if op_name(node) != "rms_norm" or node.target is not aten.rms_norm.default:
         return None
     x, shape, gamma, eps = (*node.args, None, None)[:4]
-    assert isinstance(x, fx.Node) and isinstance(shape, (list, tuple))
+    assert isinstance(x, fx.Node)
+    assert isinstance(shape, (list, tuple))
     value = x.meta["val"]
     if len(shape) != 1 or value.dtype == torch.float64 or node.meta["val"].dtype != value.dtype:
         return None
-    # ATen's default, computed in the dtype it accumulates in.
-    default = torch.finfo(torch.float32 if value.dtype != torch.float64 else torch.float64).eps
-    return edit.call(rms_norm.overload, x, gamma, float(default if eps is None else eps), 0.0, False, before=node)
+    # ATen's default is that of the dtype it computes in.
+    epsilon = torch.finfo(torch.float32).eps if eps is None else eps
+    return edit.call(rms_norm.overload, x, gamma, epsilon, 0.0, False, before=node)

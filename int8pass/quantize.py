@@ -38,7 +38,7 @@ def pack_weight(weight: Tensor, *smoothing_and_columns: object) -> tuple[Tensor,
         assert isinstance(s, Tensor)
         scaled = scaled * s
     if columns:
-        scaled = scaled.index_fill(1, torch.tensor(columns, device=weight.device), 0.0)  # type: ignore[call-overload]
+        scaled = scaled.index_fill(1, torch.tensor(columns, device=weight.device), 0.0)
     return numerics.quantize_weight(scaled)
 
 
@@ -49,7 +49,7 @@ def outlier_weight(weight: Tensor, *smoothing_and_columns: object) -> Tensor:
     for s in vectors:
         assert isinstance(s, Tensor)
         scaled = (scaled.float() * s).to(weight.dtype)
-    index = torch.tensor(columns, device=weight.device)  # type: ignore[call-overload]
+    index = torch.tensor(columns, device=weight.device)
     return scaled.index_select(1, index).contiguous()
 
 
@@ -71,6 +71,7 @@ def quantize(
     program: Program, matches: Matches, recipe: Recipe, smoothing: Mapping[str, Constant]
 ) -> tuple[list[Quantized], list[fx.Node]]:
     """Rewrite every site; returns what was done and the nodes that count overflowing outlier columns."""
+    _check_fit(matches, recipe)
     done: list[Quantized] = []
     overflows: list[fx.Node] = []
     for site in matches.sites:
@@ -87,9 +88,22 @@ def quantize(
         count, overflow = _site(program, site, scheme, vector, columns)
         done.append(Quantized(site, scheme, count))
         overflows += overflow
-    program.graph.eliminate_dead_code()
+    # The counters have no reader yet: who wants them adds one before the next stage.
+    counters = set(overflows)
+    program.graph.eliminate_dead_code(lambda node: node in counters or node.is_impure())
     program.gm.recompile()
     return done, overflows
+
+
+def _check_fit(matches: Matches, recipe: Recipe) -> None:
+    """A recipe whose calibrated sites are none of this graph's would be ignored without a word."""
+    calibrated = [name for name, settings in recipe.sites.items() if settings.columns or settings.exponents]
+    names = [site.name for site in matches.sites]
+    if calibrated and names and not set(calibrated) & set(names):
+        raise RecipeError(
+            f"the recipe is for {calibrated[0]} and {len(calibrated) - 1} more sites, none of them in this graph "
+            f"({names[0]}, …): it was made for another model, or this is a part of it, under other names"
+        )
 
 
 def scheme_for(site: Site, recipe: Recipe) -> Scheme:
@@ -101,9 +115,7 @@ def scheme_for(site: Site, recipe: Recipe) -> Scheme:
     return scheme
 
 
-def _pack(
-    edit: Edit, reader: Reader, vector: Constant | None, columns: tuple[int, ...]
-) -> tuple[fx.Node, fx.Node]:
+def _pack(edit: Edit, reader: Reader, vector: Constant | None, columns: tuple[int, ...]) -> tuple[fx.Node, fx.Node]:
     """int8 codes and scales of a reader's weight."""
     sources = [reader.weight, *([vector] if vector else [])]
     codes, scale = edit.derive(f"{reader.path}.int8", pack_weight, sources, columns, before=reader.node)

@@ -1,10 +1,10 @@
 """Settings: one frozen, JSON-serializable tree. Strings and option dictionaries stop here.
 
-    Recipe
-    ├── scheme: Scheme               how every site is quantized unless it says otherwise
-    ├── quantize_head                the output head too (default: it keeps its dtype)
-    ├── sites: {name: SiteSettings}  per-site overrides and calibration results
-    └── versions                     what made it
+Recipe
+├── scheme: Scheme               how every site is quantized unless it says otherwise
+├── quantize_head                the output head too (default: it keeps its dtype)
+├── sites: {name: SiteSettings}  per-site overrides and calibration results
+└── versions                     what made it
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ class Recipe:
                 MappingProxyType(sites),
                 MappingProxyType(dict(content["versions"])),
             )
-        except (KeyError, TypeError, AttributeError, OptionError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise RecipeError(f"malformed recipe: {error}") from error
 
 
@@ -217,6 +217,7 @@ class Options:
         given = dict(options or {})
         recipe = _recipe_option(given.pop("recipe", "default"))
         free_weights = given.pop("free_weights", False)
+        mode = given.pop("mode", mode)  # torch.compile takes its own mode only without options
         quantize_head = given.pop("quantize_head", recipe.quantize_head)
         for name, value in (("free_weights", free_weights), ("quantize_head", quantize_head)):
             if not isinstance(value, bool):
@@ -225,7 +226,7 @@ class Options:
         scheme_fields = {f.name for f in dataclasses.fields(Scheme)}
         unknown = sorted(set(given) - scheme_fields)
         if unknown:
-            valid = ["recipe", "free_weights", "quantize_head", "inductor", *sorted(scheme_fields)]
+            valid = ["recipe", "free_weights", "quantize_head", "mode", "inductor", *sorted(scheme_fields)]
             raise OptionError(f"unknown option {', '.join(map(repr, unknown))}; options are {', '.join(valid)}")
         scheme = dataclasses.replace(recipe.scheme, **given)
         recipe = dataclasses.replace(recipe, scheme=scheme, quantize_head=quantize_head)

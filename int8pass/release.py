@@ -50,8 +50,11 @@ def _untouched(tensor: Tensor) -> Tensor:
 
 
 def _guard_owners(labels: Mapping[int, str], store: Store) -> None:
-    """Hook every module that owns a released parameter. Found through the collector: a graph knows no modules."""
-    for module in [o for o in gc.get_objects() if isinstance(o, nn.Module)]:
+    """Hook every module that owns a released parameter. Found through the collector: a graph knows no modules.
+
+    By `type` and not `isinstance`, which asks every object for its class, and some answer with code of their own.
+    """
+    for module in [o for o in gc.get_objects() if issubclass(type(o), nn.Module)]:
         for parameter in module.__dict__.get("_parameters", {}).values():
             if parameter is not None and id(parameter) in labels:
                 _guard(module, parameter, labels[id(parameter)], store)

@@ -123,9 +123,9 @@ def _illegal(program: Program, site: Site, shared: set[Constant]) -> str | None:
         return "its norm has no constant gamma"
     if op_name(norm) == "rms_norm" and norm.args[3] and norm.args[4]:
         return "its norm rounds before it multiplies by (1 + gamma)"
-    if op_name(norm) == "layer_norm" and len(norm.args) > 3 and norm.args[3] is not None:
-        if program.constants.get(norm.args[3]) is None:
-            return "its norm has no constant beta"
+    beta = norm.args[3] if op_name(norm) == "layer_norm" and len(norm.args) > 3 else None
+    if beta is not None and program.constants.get(beta) is None:
+        return "its norm has no constant beta"
     taken = {reader.node for reader in site.readers}
     if any(user not in taken for user in norm.users):
         return "its norm is read by more than the site's linears"

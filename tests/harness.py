@@ -43,7 +43,11 @@ class Run:
 
 def count_ops(program: Program) -> Counter[str]:
     """Names of all calls of a graph."""
-    return Counter(op_name(n) or getattr(n.target, "__name__", str(n.target)) for n in program.graph.nodes if n.op == "call_function")
+    return Counter(
+        op_name(n) or getattr(n.target, "__name__", str(n.target))
+        for n in program.graph.nodes
+        if n.op == "call_function"
+    )
 
 
 def call(function: Callable[..., Any], inputs: Any) -> Any:
@@ -54,7 +58,12 @@ def call(function: Callable[..., Any], inputs: Any) -> Any:
 
 
 def run_pass(
-    model: nn.Module, inputs: Any, recipe: Recipe | str = "default", stage: str = "lowered", fullgraph: bool = True, **options: Any
+    model: nn.Module,
+    inputs: Any,
+    recipe: Recipe | str = "default",
+    stage: str = "lowered",
+    fullgraph: bool = True,
+    **options: Any,
 ) -> Run:
     """Run `model` through the pass without Inductor. `stage` is "portable" or "lowered"."""
     settings = Options.parse({"recipe": recipe, **options}, None)
@@ -64,7 +73,9 @@ def run_pass(
         program = from_dynamo(gm, example)
         facts = pipeline.to_portable(program, settings.recipe)
         if stage != "portable":
-            pipeline.to_lowered(program, facts, lambda name, p: result.ops.update(count_ops(p)) if name == "fused" else None)
+            pipeline.to_lowered(
+                program, facts, lambda name, p: result.ops.update(count_ops(p)) if name == "fused" else None
+            )
         else:
             result.ops.update(count_ops(program))
         result.programs.append(program)
@@ -92,8 +103,14 @@ def compile_and_call(model: nn.Module, inputs: Any, backend: Any, fullgraph: boo
 
 
 def check_rewrite(
-    rules: Rule | Sequence[Rule], model: nn.Module, inputs: Any, *, before: Mapping[str, int], after: Mapping[str, int],
-    hits: int, tolerance: float = 1e-6,
+    rules: Rule | Sequence[Rule],
+    model: nn.Module,
+    inputs: Any,
+    *,
+    before: Mapping[str, int],
+    after: Mapping[str, int],
+    hits: int,
+    tolerance: float = 1e-6,
 ) -> RewriteLog:
     """Apply rules to a captured model: op counts before and after, hits, numerics, idempotence, parameters untouched."""
     rules = rules if isinstance(rules, Sequence) else (rules,)

@@ -98,11 +98,17 @@ class ThroughoutHalf(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("model", "dtype"), [(BiasedMean(), torch.float32), (OtherAxis(), torch.float32), (ThroughoutHalf(), torch.bfloat16)]
+    ("model", "dtype"),
+    [(BiasedMean(), torch.float32), (OtherAxis(), torch.float32), (ThroughoutHalf(), torch.bfloat16)],
 )
 def test_what_only_looks_like_a_norm_stays(model: nn.Module, dtype: torch.dtype) -> None:
     check_rewrite(
-        rules.raise_rms_norm, model, torch.randn(4, 4, 64).to(dtype), before={"mean": 1}, after={"mean": 1, "rms_norm": 0}, hits=0
+        rules.raise_rms_norm,
+        model,
+        torch.randn(4, 4, 64).to(dtype),
+        before={"mean": 1},
+        after={"mean": 1, "rms_norm": 0},
+        hits=0,
     )
 
 
@@ -116,7 +122,9 @@ class AtenNorm(nn.Module):
 
 
 def test_aten_rms_norm_with_its_default_epsilon() -> None:
-    check_rewrite(rules.aten_rms_norm, AtenNorm(), torch.randn(3, 48), before={"rms_norm": 1}, after={"rms_norm": 1}, hits=1)
+    check_rewrite(
+        rules.aten_rms_norm, AtenNorm(), torch.randn(3, 48), before={"rms_norm": 1}, after={"rms_norm": 1}, hits=1
+    )
 
 
 class Addmm(nn.Module):
@@ -143,7 +151,12 @@ def test_products_with_a_constant_become_linears(model: nn.Module, before: dict[
     all_rules = (rules.addmm_to_linear, rules.matmul_to_linear, rules.add_bias)
     hits = 1 if "addmm" in before else 2
     check_rewrite(
-        all_rules, model, torch.randn(5, 24), before=before, after={"linear": 1, "addmm": 0, "matmul": 0, "add": 0}, hits=hits
+        all_rules,
+        model,
+        torch.randn(5, 24),
+        before=before,
+        after={"linear": 1, "addmm": 0, "matmul": 0, "add": 0},
+        hits=hits,
     )
 
 
@@ -153,7 +166,9 @@ class TwoActivations(nn.Module):
 
 
 def test_a_product_of_activations_is_no_linear() -> None:
-    check_rewrite(rules.matmul_to_linear, TwoActivations(), torch.randn(5, 24), before={"matmul": 1}, after={"matmul": 1}, hits=0)
+    check_rewrite(
+        rules.matmul_to_linear, TwoActivations(), torch.randn(5, 24), before={"matmul": 1}, after={"matmul": 1}, hits=0
+    )
 
 
 class InPlace(nn.Module):

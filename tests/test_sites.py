@@ -240,7 +240,10 @@ def test_odd_sizes(n: int, k: int) -> None:
     result = run_pass(model, x)
     assert result.taken == 1
     # One output of a few products has no averaging of rounding errors: bound by the steps, not by the norm.
-    step = x.abs().amax() / 127 * model.weight.abs().sum(1).amax() + model.weight.abs().amax() / 127 * x.abs().sum(1).amax()
+    step = (
+        x.abs().amax() / 127 * model.weight.abs().sum(1).amax()
+        + model.weight.abs().amax() / 127 * x.abs().sum(1).amax()
+    )
     assert (result.output - model(x)).abs().amax() <= step
 
 

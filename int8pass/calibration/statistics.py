@@ -46,7 +46,8 @@ class ChannelStatistics:
         SmoothQuant's vector (arXiv 2211.10438, equation 4, α = 1/2) with the root mean square in the place of the
         maximum. A channel that is never active, or that no weight reads, stays as it is.
         """
-        assert self.energy is not None and self.weight_absmax is not None
+        assert self.energy is not None
+        assert self.weight_absmax is not None
         active = (self.energy > 0) & (self.weight_absmax > 0)
         if not bool(active.any()):
             return (0,) * self.energy.numel()

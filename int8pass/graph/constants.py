@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from int8pass.errors import WeightError
@@ -53,7 +54,7 @@ class Constant:
 
 
 class Fixed:
-    """A tensor the model wrote into its code (`torch.tensor(0.5)`), hashable by identity so that it can be an option."""
+    """A tensor the model wrote into its code (`torch.tensor(0.5)`), hashable by identity to be an option."""
 
     def __init__(self, value: Tensor) -> None:
         self.value = value
@@ -108,7 +109,7 @@ class Constants:
         self, label: str, compute: Compute, sources: Sequence[Constant], options: tuple[Any, ...] = ()
     ) -> list[Constant]:
         """Constants for every element of `compute(*sources, *options)` (one, when it returns a tensor)."""
-        with torch.no_grad(), self._fake_mode:
+        with torch.no_grad(), self._fake_mode, enable_python_dispatcher():
             result = compute(*(self.fake(source) for source in sources), *options)
         elements = result if isinstance(result, tuple) else (result,)
         derived = []
@@ -178,8 +179,9 @@ class Store:
         if constant.compute is None:
             return parameters(constant)
         tensors = tuple(parameters(p) for p in constant.parameters())
-        if not tensors:
-            return constant.compute(*constant.options)
+        if not tensors:  # made from nothing but options
+            sources = [self._element(s, self._group(s, parameters, keep=False)) for s in constant.sources]
+            return constant.compute(*sources, *constant.options)
         per_parameter = self._values.setdefault(tensors[0], {})
         key = constant.recipe()
         versions = tuple(version(t) for t in tensors)

@@ -64,7 +64,7 @@ class Literal(Pattern):
 
 @dataclass(frozen=True)
 class Cast(Pattern):
-    """`inner`, or conversions of it to other dtypes; under `name`, the dtype of the outermost (None when there is none)."""
+    """`inner`, or conversions of it to other dtypes; under `name`, the dtype of the outermost (None: no conversion)."""
 
     inner: Pattern
     name: str = ""

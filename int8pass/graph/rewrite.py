@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.utils import _pytree as pytree
 
@@ -57,7 +58,7 @@ class Edit:
         assert callable(node.target)
         known = self.program.evaluated
         key = (node.target, _signature(arguments)) if registry.find(node.target) else None
-        with torch.no_grad(), self.program.fake_mode:
+        with torch.no_grad(), self.program.fake_mode, enable_python_dispatcher():
             if key in known:
                 node.meta["val"] = pytree.tree_map_only(Tensor, _another, known[key])
             else:

@@ -18,7 +18,9 @@ from int8pass.quantize import Quantized
 from int8pass.recipe import PRESETS, Options, Recipe, Scheme
 
 
-def inspect(model: nn.Module, args: Any, *, recipe: Recipe | str = "default", quantize_head: bool | None = None) -> Report:
+def inspect(
+    model: nn.Module, args: Any, *, recipe: Recipe | str = "default", quantize_head: bool | None = None
+) -> Report:
     """What `torch.compile(model, backend="int8")` does to `model` on `args`, site by site, refusal by refusal.
 
     Args:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lowering.ops.linear import linear_w8a8, linear_w8a16
+
+
+FEW_ROWS = 32
+
+
+def rows(x: Tensor) -> int | None:
+    """Rows of `x[..., K]` where that is known when compiling, else None."""
+    sizes = x.shape[:-1]
+    return None if any(isinstance(size, torch.SymInt) for size in sizes) else math.prod(sizes)
 
 
 def _int_mm(rows: Tensor, weight: Tensor) -> Tensor:
@@ -45,7 +56,9 @@ def linear_int_mm(
     y = acc.float() * scale * weight_scale
     if outliers is not None:
         assert outlier_weight is not None
-        wide = outliers.dtype if outlier_weight.dtype == torch.int8 else outlier_weight.dtype
+        # Many rows: in their own dtype, whose matmul is several times faster; a row or two: exactly.
+        own = outliers.dtype if outlier_weight.dtype == torch.int8 else outlier_weight.dtype
+        wide = torch.float32 if (rows(codes) or FEW_ROWS) < FEW_ROWS else own
         part = F.linear(outliers.to(wide), outlier_weight.to(wide)).float()
         y = y + (part * weight_scale if outlier_weight.dtype == torch.int8 else part)
     if bias is not None:
@@ -61,12 +74,15 @@ def linear_dequantized_weight(x: Tensor, weight: Tensor, weight_scale: Tensor, b
 
 
 def _one_row(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> bool | str:
-    sizes = x.shape[:-1]
-    return all(isinstance(s, int) and s == 1 for s in sizes) or "takes a single token"
+    return rows(x) == 1 or "takes a single token"
 
 
 def _one_bf16_row(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> bool | str:
-    return (x.dtype == torch.bfloat16 and _one_row(x, weight, weight_scale, bias) is True) or "takes a single bf16 token"
+    if x.dtype != torch.bfloat16 or _one_row(x, weight, weight_scale, bias) is not True:
+        return "takes a single bf16 token"
+    n, k = weight.shape
+    # ATen's kernel reads whole vectors: at other sizes it reads past the end.
+    return (n % 16 == 0 and k % 64 == 0) or "takes N in multiples of 16 and K in multiples of 64"
 
 
 @linear_w8a16.impl("cpu", when=_one_row)

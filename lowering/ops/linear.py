@@ -57,9 +57,10 @@ def linear_w8a8(
 ) -> Tensor:
     """`y[..., N] = ((codes - zero_point)[..., K] @ weight[N, K]ᵀ) · scale · weight_scale + bias + outlier part`.
 
-    The product accumulates in int32; the zero point is corrected exactly there by `weight_sum[N] = Σ_k weight[n, k]`
-    (int32). The outlier part is `outliers[..., R] @ outlier_weight[N, R]ᵀ`; int8 outlier weights are columns of `weight`
-    and take its scale, as in LLM.int8() (arXiv 2208.07339, equation 8). Computed in fp32, rounded once to `dtype`.
+    The product accumulates in int32; the zero point is corrected exactly there by the int32
+    `weight_sum[N] = Σ_k weight[n, k]`. The outlier part is `outliers[..., R] @ outlier_weight[N, R]ᵀ`; int8 outlier
+    weights are columns of `weight` and take its scale, as in LLM.int8() (arXiv 2208.07339, equation 8). Computed in
+    fp32, rounded once to `dtype`.
     """
     # float64 holds every int32 sum exactly, and unlike an int32 matmul it exists on every device.
     acc = codes.double() @ weight.double().t()

@@ -30,7 +30,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float, round_
     """`x / sqrt(mean(x²) + eps) · (weight + offset)` over the last axis, normalized in fp32 (arXiv 1910.07467).
 
     Models differ in where gamma meets the cast, and bf16 shows it. `round_first` casts the normalized value to
-    `x.dtype` and multiplies there (Llama); else gamma multiplies in fp32 and the product is cast (Gemma, `aten.rms_norm`).
+    `x.dtype` and multiplies there (Llama); else gamma multiplies in fp32 and the product is cast (`aten.rms_norm`).
     """
     wide = x.float()
     normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -41,9 +41,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float, round_
     return (normalized * (weight.float() + offset)).to(x.dtype)
 
 
-def _normalize(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float, mode: str
-) -> Tensor:
+def _normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float, mode: str) -> Tensor:
     if mode == "layer":
         return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
     return rms_norm.reference(x, weight, eps, offset, mode == "rms_round_first")

@@ -82,12 +82,17 @@ def _static_split_samples(device: torch.device) -> Iterator[Sample]:
         yield Sample(label, (random_tensor(*shape, device=device, dtype=dtype), columns))
 
 
-def _zero_columns(x: Tensor, columns: Tensor, factors: Tensor) -> Tensor:
-    """`x` with `columns[i]` multiplied by `factors[i]` (0 to take it out), and all others by 1.
+def keep_columns(x: Tensor, kept: Tensor) -> Tensor:
+    """`x[..., K]` where `kept[K]` is positive, else 0 (also for NaN and Inf: those columns are multiplied in float).
 
-    A product, not an indexed write or a selection: it vectorizes and fuses with what follows on every device.
+    `kept` is a float and compared here: selections by a stored bool do not vectorize on the CPU.
     """
-    return x * x.new_ones(x.shape[-1]).scatter(0, columns, factors)
+    return torch.where(kept > 0, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def kept_without(x: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+    """`[K]` ones, with `values` (0 to take a column out) at `columns`."""
+    return x.new_ones(x.shape[-1]).scatter(0, columns, values)
 
 
 @op(samples=_static_split_samples, tolerance=Tolerance(rtol=0.0, atol=0.0))
@@ -96,7 +101,7 @@ def outlier_split(x: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
 
     Mixed-precision decomposition of LLM.int8() (arXiv 2208.07339, section 3.2) with a set chosen in calibration.
     """
-    return _zero_columns(x, columns, x.new_zeros(columns.shape)), x[..., columns]
+    return keep_columns(x, kept_without(x, columns, x.new_zeros(columns.shape))), x[..., columns]
 
 
 def _dynamic_split_samples(device: torch.device) -> Iterator[Sample]:
@@ -132,7 +137,7 @@ def outlier_split_dynamic(x: Tensor, capacity: int, threshold: float) -> tuple[T
     taken = values > threshold
     outliers = torch.where(taken, x[..., columns], torch.zeros((), dtype=x.dtype, device=x.device))
     overflow = ((absmax > threshold).sum() - taken.sum()).to(torch.int32)
-    return _zero_columns(x, columns, (~taken).to(x.dtype)), outliers, columns, overflow
+    return keep_columns(x, kept_without(x, columns, (~taken).to(x.dtype))), outliers, columns, overflow
 
 
 def _split_quantize_samples(device: torch.device) -> Iterator[Sample]:

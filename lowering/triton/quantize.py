@@ -203,7 +203,7 @@ def split_quantize_rows_dynamic(
     # In the dtype of `x` (exact): equal values are frequent there, and `topk` orders them by an algorithm per dtype.
     absmax = bits.view(torch.float32).to(x.dtype)
     values, columns = torch.topk(absmax, min(capacity, k))
-    taken = values > threshold
+    taken = values > threshold if threshold > 0.0 else torch.ones_like(columns, dtype=torch.bool)
     overflow = ((absmax > threshold).sum() - taken.sum()).to(torch.int32)
     if threshold <= 0.0:
         overflow = torch.zeros_like(overflow)

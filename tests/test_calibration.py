@@ -1,0 +1,189 @@
+"""Calibration: what it finds where outliers were planted, what that buys, and data it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import call, relative_error, run_pass
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+import int8pass
+from int8pass.errors import CalibrationError, OptionError
+from int8pass.recipe import Recipe
+
+WIDTH, HOT = 64, (3, 17, 40, 41)
+
+
+class Model(nn.Module):
+    """Two sites: one behind a norm with hot channels, one behind an activation that has them too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        with torch.no_grad():
+            self.norm.weight[list(HOT)] *= 30
+            self.up.weight[:, list(HOT)] /= 30
+            self.up.weight[list(HOT)] *= 30
+            self.down.weight[:, list(HOT)] /= 30
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(nn.functional.relu(self.up(self.norm(x))))
+
+
+def model() -> Model:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Model().eval()
+
+
+def batch(seed: int, tokens: int = 32) -> Tensor:
+    return torch.randn(2, tokens, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+BATCHES = [batch(seed) for seed in range(3)]
+
+
+def test_columns_are_found_where_they_were_planted() -> None:
+    planted, done = model(), []
+    before = {name: p.detach().clone() for name, p in planted.named_parameters()}
+    recipe = int8pass.calibrate(planted, BATCHES, columns=len(HOT), progress=done.append)
+    assert done == [1, 2, 3]
+    assert list(recipe.sites) == ["up", "down"]
+    assert recipe.scheme.outliers == "static"
+    assert recipe.scheme.smoothing == "calibrated"
+    assert {name: site.columns for name, site in recipe.sites.items()} == {"up": HOT, "down": HOT}
+    assert recipe.versions["torch"] == torch.__version__
+    for site in recipe.sites.values():
+        exponents = torch.tensor(site.exponents)
+        assert len(exponents) == WIDTH
+        cold = [i for i in range(WIDTH) if i not in HOT]
+        assert exponents[list(HOT)].min() > exponents[cold].max()
+    assert all(torch.equal(p, before[name]) for name, p in planted.named_parameters())
+
+
+def test_batches_of_every_form_say_the_same() -> None:
+    recipes = [
+        int8pass.calibrate(model(), form)
+        for form in (BATCHES, [(b,) for b in BATCHES], [{"x": b} for b in BATCHES], iter(BATCHES))
+    ]
+    assert recipes[0] == recipes[1] == recipes[2] == recipes[3]
+
+
+def test_columns_default_to_the_capacity_and_stay_within_the_width() -> None:
+    assert all(len(s.columns) == WIDTH for s in int8pass.calibrate(model(), BATCHES[:1]).sites.values())
+    recipe = Recipe(scheme=int8pass.Scheme(capacity=5, outliers="static"))
+    assert all(len(s.columns) == 5 for s in int8pass.calibrate(model(), BATCHES[:1], recipe).sites.values())
+
+
+def test_exponents_fold_exactly() -> None:
+    """γ/s and W·s with powers of two: γ'·W' is γ·W bit for bit; where no norm can take 1/s, the input is multiplied."""
+    planted = model()
+    recipe = int8pass.calibrate(planted, BATCHES)
+    exponents = torch.tensor(recipe.sites["up"].exponents)
+    assert exponents.any()
+    s = torch.exp2(exponents.float())
+    gamma, weight = planted.norm.weight, planted.up.weight
+    assert torch.equal((gamma / s) * (weight * s), gamma * weight)
+    smoothing = run_pass(planted, batch(9), recipe, stage="portable").facts[0].smoothing
+    assert set(smoothing.vectors) == {"up", "down"}
+    assert smoothing.reasons == {"down": "no norm makes its input"}
+
+
+def test_quality_order_on_planted_outliers() -> None:
+    planted, x = model(), batch(9)
+    expected = call(planted, x) - x  # of the branch: the residual would hide it
+    recipe = int8pass.calibrate(planted, BATCHES, columns=len(HOT))
+    error = {
+        name: relative_error(run_pass(planted, x, each).output - x, expected)
+        for name, each in {"calibrated": recipe, "w8a8": "w8a8", "w8a16": "w8a16"}.items()
+    }
+    assert error["calibrated"] < 0.5 * error["w8a8"]
+    columns_only = int8pass.calibrate(
+        planted, BATCHES, Recipe(int8pass.Scheme(outliers="static", smoothing="none")), columns=len(HOT)
+    )
+    error["columns only"] = relative_error(run_pass(planted, x, columns_only).output - x, expected)
+    assert error["columns only"] < 0.5 * error["w8a8"]
+
+
+def test_the_float_columns_hold_original_weights() -> None:
+    recipe = int8pass.calibrate(model(), BATCHES, columns=len(HOT))
+    result = run_pass(model(), batch(9), recipe, stage="portable")
+    assert result.ops["outlier_split"] == 2
+    assert result.ops["outlier_split_dynamic"] == 0
+    assert result.ops["linear"] == 4, "an int8 and a float one per linear"
+
+
+def test_a_saved_recipe_compiles(tmp_path: Path) -> None:
+    path = tmp_path / "model.json"
+    planted, x = model(), batch(9, tokens=9)
+    int8pass.calibrate(planted, BATCHES).save(path)
+    expected, harness = call(planted, x), run_pass(planted, x, str(path)).output
+    torch._dynamo.reset()
+    compiled = torch.compile(planted, backend="int8", fullgraph=True, options={"recipe": str(path)})
+    with torch.no_grad():
+        found = compiled(x)
+    assert relative_error(found, expected) < 0.02
+    torch.testing.assert_close(found, harness, rtol=1e-4, atol=1e-4)
+
+
+def with_value(value: float) -> Tensor:
+    x = batch(1)
+    x[1, 2, 3] = value
+    return x
+
+
+BAD_BATCHES: dict[str, tuple[list[Any], str]] = {
+    "none": ([], "no calibration batch was given"),
+    "NaN": ([BATCHES[0], with_value(torch.nan)], "batch 1: the input of up holds NaN or Inf"),
+    "Inf": ([with_value(torch.inf)], "batch 0: the input of up holds NaN or Inf"),
+    "shape": ([BATCHES[0], torch.randn(2, 5, WIDTH + 1)], "batch 1 does not run through the model"),
+    "argument": ([{"y": BATCHES[0]}], "batch 0 does not run through the model"),
+    "no token": ([BATCHES[0][:, :0]], "no token reached up, down"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_BATCHES)
+def test_data_that_is_refused(name: str) -> None:
+    batches, message = BAD_BATCHES[name]
+    with pytest.raises(CalibrationError, match=message):
+        int8pass.calibrate(model(), batches)
+
+
+def test_a_model_without_sites_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="no site was found"):
+        int8pass.calibrate(nn.LayerNorm(WIDTH), BATCHES)
+
+
+def test_wrong_presets_are_refused_before_the_model_runs() -> None:
+    with pytest.raises(OptionError, match="unknown preset"):
+        int8pass.calibrate(model(), BATCHES, "int4")
+
+
+class Wider(Model):
+    """The same names, other sizes."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.norm, self.up, self.down = nn.LayerNorm(96), nn.Linear(96, 96), nn.Linear(96, 96)
+
+
+class Renamed(nn.Module):
+    """The same sizes, other names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.fc1, self.fc2 = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc2(nn.functional.relu(self.fc1(self.norm(x))))
+
+
+@pytest.mark.parametrize(("other", "width"), [(Wider, 96), (Renamed, WIDTH)])
+def test_a_recipe_of_another_model_is_refused(other: type[nn.Module], width: int) -> None:
+    recipe = int8pass.calibrate(model(), BATCHES)
+    with torch.no_grad(), pytest.raises(BackendCompilerFailed, match="made for another model"):
+        torch.compile(other(), backend="int8", options={"recipe": recipe})(torch.randn(2, 5, width))
