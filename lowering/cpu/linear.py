@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lowering.ops.linear import linear_w8a8, linear_w8a16
 
-
 FEW_ROWS = 32
 
 
