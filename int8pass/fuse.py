@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, fx
 
 from int8pass.capture import Program
-from int8pass.graph.constants import Constant
 from int8pass.graph.pattern import Bind, Call, add, call, mul, one_of, op_name
 from int8pass.graph.rewrite import Edit, RewriteLog, apply_rules
 from lowering.ops import act as act_ops
@@ -236,6 +235,7 @@ def merge_linears(program: Program, allowed: Callable[[fx.Node], bool]) -> int:
 
 
 # Argument positions that differ between merged linears: weight, scale, sums, bias (and outlier weight).
+_CODES = 3
 _PARTS = {"linear_w8a8": (3, 4, 5, 6, 8), "linear_w8a16": (1, 2, 3)}
 
 
@@ -266,10 +266,14 @@ def _merge(edit: Edit, nodes: list[fx.Node]) -> None:
             continue
         if op_name(column[0]) == "index_select":
             continue  # made again below, from the merged weight
-        constants = [edit.constant(c) for c in column]
-        assert all(constants)
-        label = "+".join(c.label for c in constants if c)
-        (arguments[index],) = edit.derive(label, concatenate, _all(constants), before=first)
+        constants = [c for c in map(edit.constant, column) if c]
+        if constants[0].compute is column_sums:
+            # Of the merged codes, which are kept, and not of the originals, which may have been released.
+            constants = [c for c in (edit.constant(arguments[_CODES]),) if c]
+            (arguments[index],) = edit.derive(f"{constants[0].label}.sums", column_sums, constants, before=first)
+            continue
+        label = "+".join(c.label for c in constants)
+        (arguments[index],) = edit.derive(label, concatenate, constants, before=first)
     if len(arguments) > 8 and op_name(arguments[8]) == "index_select":
         select = arguments[8]
         assert isinstance(select, fx.Node)
@@ -282,10 +286,6 @@ def _merge(edit: Edit, nodes: list[fx.Node]) -> None:
         _views_to_reshapes(node)
         node.replace_all_uses_with(view)
         start += width
-
-
-def _all(constants: list[Constant | None]) -> list[Constant]:
-    return [c for c in constants if c is not None]
 
 
 def _views_to_reshapes(node: fx.Node) -> None:

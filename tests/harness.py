@@ -112,7 +112,7 @@ def check_rewrite(
     hits: int,
     tolerance: float = 1e-6,
 ) -> RewriteLog:
-    """Apply rules to a captured model: op counts before and after, hits, numerics, idempotence, parameters untouched."""
+    """Apply rules to a captured model: op counts before and after, hits, numbers, idempotence, parameters untouched."""
     rules = rules if isinstance(rules, Sequence) else (rules,)
     originals = {name: p.detach().clone() for name, p in model.named_parameters()}
     logs: list[RewriteLog] = []

@@ -415,3 +415,14 @@ def test_weights_that_are_not_finite_are_named(value: float) -> None:
         model.up.weight[3, 4] = value
         with pytest.raises(BackendCompilerFailed, match=r"up\.weight holds NaN or Inf"):
             torch.compile(model, backend="int8")(x)
+
+
+def test_free_weights_after_decode_still_serves_prefill() -> None:
+    """The prefill graph needs sums of weights that the decode graph did not: from the int8 codes, not the originals."""
+    torch.manual_seed(0)
+    model, x = Block().eval(), torch.randn(2, 5, 64)
+    with torch.no_grad():
+        expected = model(x)
+        compiled = torch.compile(model, backend="int8", options={"free_weights": True}, fullgraph=True)
+        compiled(torch.randn(1, 1, 64))
+        assert relative_error(compiled(x), expected) < 0.02

@@ -177,24 +177,20 @@ class Store:
     def _group(self, constant: Constant, parameters: Callable[[Constant], Tensor], keep: bool) -> Any:
         """The whole result of `constant.compute`; sources of what is kept are computed on the way and let go."""
         if constant.compute is None:
-            return parameters(constant)
+            tensor = parameters(constant)
+            self._check(constant, tensor)  # here and not above: a source that is kept needs no parameter
+            return tensor
         tensors = tuple(parameters(p) for p in constant.parameters())
-        if not tensors:  # made from nothing but options
-            sources = [self._element(s, self._group(s, parameters, keep=False)) for s in constant.sources]
-            return constant.compute(*sources, *constant.options)
-        per_parameter = self._values.setdefault(tensors[0], {})
-        key = constant.recipe()
         versions = tuple(version(t) for t in tensors)
-        found = per_parameter.get(key)
+        kept = self._values.setdefault(tensors[0], {}) if tensors else {}
+        found = kept.get(constant.recipe())
         if found and found.versions == versions and all(r() is t for r, t in zip(found.others, tensors[1:])):
             return found.value
-        for parameter, tensor in zip(constant.parameters(), tensors):
-            self._check(parameter, tensor)
         sources = [self._element(s, self._group(s, parameters, keep=False)) for s in constant.sources]
         with torch.no_grad():
             result = constant.compute(*sources, *constant.options)
         if keep:
-            per_parameter[key] = _Packed(versions, tuple(weakref.ref(t) for t in tensors[1:]), result)
+            kept[constant.recipe()] = _Packed(versions, tuple(weakref.ref(t) for t in tensors[1:]), result)
         return result
 
     def _check(self, parameter: Constant, tensor: Tensor) -> None:
