@@ -164,7 +164,7 @@ def calibrate(
             loaded, tokenizer = _load(model, dtype, device_, progress)
             made = calibrated(loaded, hub.windows(tokenizer, measure.LENGTH), windows, recipe, progress)
         made.save(output)
-        Console().print(f"wrote {output}", markup=False, highlight=False)
+        Console().print(f"wrote {output}", markup=False, highlight=False, soft_wrap=True)
 
 
 def table(comparison: measure.Comparison) -> Table:

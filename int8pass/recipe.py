@@ -87,8 +87,8 @@ class SiteSettings:
     """Leave the site's linears in their dtype."""
     columns: tuple[int, ...] = ()
     """Outlier columns chosen by calibration, for `outliers="static"`."""
-    exponents: tuple[int, ...] = ()
-    """log2 of the smoothing vector, one per channel, for `smoothing="calibrated"`; powers of two fold exactly."""
+    exponents: tuple[float, ...] = ()
+    """log2 of the smoothing vector, one per channel, for `smoothing="calibrated"`, in steps of 1/8."""
 
 
 _DEFAULT = Scheme()
@@ -193,8 +193,8 @@ class Recipe:
 
 def _site_from_dict(content: Mapping[str, Any]) -> SiteSettings:
     scheme = Scheme(**content["scheme"]) if content["scheme"] is not None else None
-    columns, exponents = (tuple(int(c) for c in content[name]) for name in ("columns", "exponents"))
-    return SiteSettings(scheme, bool(content["keep"]), columns, exponents)
+    columns = tuple(int(c) for c in content["columns"])
+    return SiteSettings(scheme, bool(content["keep"]), columns, tuple(float(e) for e in content["exponents"]))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ the activation its resolution, or the weight column its own. SmoothQuant (arXiv 
 two with s_j = max|X_j|^α / max|W_j|^(1-α); with gamma in the place of max|X| and α = 1/2 no data is needed.
 
 Requires: sites. Ensures: a norm whose every reader belongs to its site has γ' = γ / s (and β' = β / s) and the site
-carries s for its weights; the user's tensors are not touched, and γ' · (W·s) = γ · W exactly, s being powers of two.
+carries s for its weights; the user's tensors are not touched, and γ' · (W·s) = γ · W: exactly where s are powers of
+two, within fp32 rounding where they are calibrated.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def _vector(gamma: Tensor, *rest: object) -> Tensor:
 
 
 def divide(vector: Tensor, s: Tensor) -> Tensor:
-    """`vector / s` in the dtype of `vector`; exact, as s are powers of two."""
+    """`vector / s` in the dtype of `vector`; exact for a gamma when s are powers of two or `representable`."""
     return (vector.float() / s).to(vector.dtype)
 
 
@@ -56,13 +57,24 @@ def shifted_gamma(gamma: Tensor, s: Tensor, offset: float) -> Tensor:
     return (gamma.float() + offset) / s
 
 
-def power_of_two(exponents: tuple[int, ...], device: str) -> Tensor:
+def from_exponents(exponents: tuple[float, ...], device: str) -> Tensor:
     """The smoothing vector of calibrated exponents, fp32."""
     return torch.exp2(torch.tensor(exponents, dtype=torch.float32, device=device))
 
 
+def representable(gamma: Tensor, s: Tensor) -> Tensor:
+    """The s for which γ / s is exact in the dtype of γ: nearest to `s`, so that rounding γ / s costs nothing."""
+    folded = divide(gamma, s).float()
+    return torch.where(folded != 0, gamma.float() / folded, s)
+
+
+def representable_inverse(s: Tensor, dtype: torch.dtype) -> Tensor:
+    """The s nearest to `s` for which 1 / s is exact in `dtype`."""
+    return inverse(s, dtype).float().reciprocal()
+
+
 def inverse(s: Tensor, dtype: torch.dtype) -> Tensor:
-    """`1 / s` in `dtype`; exact, as s are powers of two."""
+    """`1 / s` in `dtype`."""
     return s.reciprocal().to(dtype)
 
 
@@ -88,7 +100,7 @@ def smooth(program: Program, sites: tuple[Site, ...], recipe: Recipe) -> Smoothi
         assert settings.scheme is not None
         reason = _illegal(program, site, shared)
         if settings.scheme.smoothing == "calibrated" and settings.exponents:
-            vectors[site.name] = s = _calibrated(program, site, settings.exponents)
+            vectors[site.name] = s = _calibrated(program, site, settings.exponents, reason is None)
             if reason is None:
                 _fold(program, site, s)
             else:
@@ -152,14 +164,21 @@ def _from_weights(program: Program, site: Site, threshold: float) -> Constant:
     return s
 
 
-def _calibrated(program: Program, site: Site, exponents: tuple[int, ...]) -> Constant:
-    """The smoothing vector that the recipe holds for a site."""
+def _calibrated(program: Program, site: Site, exponents: tuple[float, ...], folds: bool) -> Constant:
+    """The smoothing vector that the recipe holds for a site, moved to values that its use represents exactly."""
     if len(exponents) != site.width:
         raise RecipeError(
             f"site {site.name} has {site.width} channels, the recipe {len(exponents)}: it was made for another model"
         )
-    device = str(site.source.meta["val"].device)
-    (s,) = program.constants.derive(f"{site.name}.smoothing", power_of_two, (), (exponents, device))
+    value = site.source.meta["val"]
+    label = f"{site.name}.smoothing"
+    (s,) = program.constants.derive(label, from_exponents, (), (exponents, str(value.device)))
+    if not folds:
+        (s,) = program.constants.derive(label, representable_inverse, (s,), (value.dtype,))
+        return s
+    gamma = program.constants.get(_gamma(site.source))
+    assert gamma is not None
+    (s,) = program.constants.derive(label, representable, (gamma, s))
     return s
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import int8pass
+from int8pass import smooth
 from int8pass.errors import CalibrationError, OptionError
 from int8pass.recipe import Recipe
 
@@ -79,15 +80,26 @@ def test_columns_default_to_the_capacity_and_stay_within_the_width() -> None:
     assert all(len(s.columns) == 5 for s in int8pass.calibrate(model(), BATCHES[:1], recipe).sites.values())
 
 
-def test_exponents_fold_exactly() -> None:
-    """γ/s and W·s with powers of two: γ'·W' is γ·W bit for bit; where no norm can take 1/s, the input is multiplied."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_folding_calibrated_exponents_preserves_the_function(dtype: torch.dtype) -> None:
+    """γ' · (W · s) is γ · W within fp32 rounding in every dtype of γ: s moves to where γ / s is exact."""
     planted = model()
     recipe = int8pass.calibrate(planted, BATCHES)
-    exponents = torch.tensor(recipe.sites["up"].exponents)
-    assert exponents.any()
-    s = torch.exp2(exponents.float())
-    gamma, weight = planted.norm.weight, planted.up.weight
-    assert torch.equal((gamma / s) * (weight * s), gamma * weight)
+    wished = torch.exp2(torch.tensor(recipe.sites["up"].exponents))
+    assert (wished != 1).any()
+    gamma, weight = planted.norm.weight.detach().to(dtype), planted.up.weight.detach()
+    s = smooth.representable(gamma, wished)
+    torch.testing.assert_close(s, wished, rtol=2 * torch.finfo(dtype).eps, atol=0)
+    folded = smooth.divide(gamma, s)
+    assert folded.dtype == dtype
+    torch.testing.assert_close(folded.float() * (weight * s), gamma.float() * weight, rtol=1e-6, atol=0)
+    inverse = smooth.inverse(smooth.representable_inverse(wished, dtype), dtype)
+    torch.testing.assert_close(inverse.float() * smooth.representable_inverse(wished, dtype), torch.ones_like(wished))
+
+
+def test_what_no_norm_can_take_is_multiplied() -> None:
+    planted = model()
+    recipe = int8pass.calibrate(planted, BATCHES)
     smoothing = run_pass(planted, batch(9), recipe, stage="portable").facts[0].smoothing
     assert set(smoothing.vectors) == {"up", "down"}
     assert smoothing.reasons == {"down": "no norm makes its input"}

@@ -32,7 +32,7 @@ settings = st.builds(
     scheme=st.none() | schemes,
     keep=st.booleans(),
     columns=st.lists(st.integers(0, 4095), max_size=4).map(tuple),
-    exponents=st.lists(st.integers(-16, 16), max_size=4).map(tuple),
+    exponents=st.lists(st.integers(-128, 128).map(lambda e: e / 8), max_size=4).map(tuple),
 )
 recipes = st.builds(
     Recipe,

@@ -40,8 +40,8 @@ class ChannelStatistics:
         chosen = torch.topk(self.energy, min(count, self.energy.numel())).indices
         return tuple(sorted(int(c) for c in chosen))
 
-    def exponents(self) -> tuple[int, ...]:
-        """log2 of s_j = (rms(X_j) / max|W_j|)^(1/2), relative to its median and rounded to integers.
+    def exponents(self) -> tuple[float, ...]:
+        """log2 of s_j = (rms(X_j) / max|W_j|)^(1/2), relative to its median, in steps of 1/8.
 
         SmoothQuant's vector (arXiv 2211.10438, equation 4, α = 1/2) with the root mean square in the place of the
         maximum. A channel that is never active, or that no weight reads, stays as it is.
@@ -50,8 +50,8 @@ class ChannelStatistics:
         assert self.weight_absmax is not None
         active = (self.energy > 0) & (self.weight_absmax > 0)
         if not bool(active.any()):
-            return (0,) * self.energy.numel()
+            return (0.0,) * self.energy.numel()
         ratio = (self.energy / self.tokens).sqrt() / self.weight_absmax.to(self.energy.device)
         logs = torch.where(active, ratio, torch.ones_like(ratio)).log2() / 2
         centred = torch.where(active, logs - logs[active].median(), torch.zeros_like(logs))
-        return tuple(int(e) for e in centred.round().clamp(-16, 16))
+        return tuple(float(e) / 8 for e in (8 * centred).round().clamp(-128, 128))
