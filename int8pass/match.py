@@ -9,13 +9,12 @@ reason, the node and the line of the model's source. Does not change the graph.
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from int8pass.capture import Program, mutated_values
 from int8pass.graph.constants import Constant
@@ -239,9 +238,3 @@ def source_line(node: fx.Node) -> str:
         return ""
     file, line, code = own[-1]
     return f"{file}:{line}: {code.strip()}"
-
-
-def rows(tensor: Tensor) -> int | None:
-    """Number of tokens of `[..., K]` when it is static, else None."""
-    sizes = tensor.shape[:-1]
-    return None if any(isinstance(size, torch.SymInt) for size in sizes) else math.prod(sizes)

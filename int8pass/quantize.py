@@ -18,7 +18,7 @@ from int8pass.capture import Program
 from int8pass.errors import RecipeError
 from int8pass.graph.constants import Constant
 from int8pass.graph.rewrite import Edit
-from int8pass.match import Matches, Reader, Site, rows
+from int8pass.match import Matches, Reader, Site
 from int8pass.recipe import Recipe, Scheme
 from lowering import numerics
 from lowering.ops import quantize as ops
@@ -110,7 +110,7 @@ def scheme_for(site: Site, recipe: Recipe) -> Scheme:
     """The scheme of a site in this graph: a single token may keep float activations."""
     scheme = recipe.at(site.name).scheme
     assert scheme is not None
-    if scheme.one_row == "weight_only" and rows(site.source.meta["val"]) == 1:
+    if scheme.one_row == "weight_only" and numerics.rows(site.source.meta["val"]) == 1:
         return dataclasses.replace(scheme, activations="none")
     return scheme
 

@@ -12,6 +12,8 @@ Jacob et al. (arXiv 1712.05877, section 2.1) for the affine one.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -54,3 +56,9 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """`weight[N, K]` → int8 `[N, K]` row-major and fp32 scales `[N]`, one per output channel."""
     codes, scale = quantize_symmetric(weight.detach())
     return codes.contiguous(), scale.squeeze(-1)
+
+
+def rows(x: Tensor) -> int | None:
+    """Rows (tokens) of `x[..., K]` where that is known when compiling, else None."""
+    sizes = x.shape[:-1]
+    return None if any(isinstance(size, torch.SymInt) for size in sizes) else math.prod(sizes)

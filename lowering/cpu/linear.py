@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowering.numerics import rows
 from lowering.ops.linear import linear_w8a8, linear_w8a16
 
 FEW_ROWS = 32
-
-
-def rows(x: Tensor) -> int | None:
-    """Rows of `x[..., K]` where that is known when compiling, else None."""
-    sizes = x.shape[:-1]
-    return None if any(isinstance(size, torch.SymInt) for size in sizes) else math.prod(sizes)
 
 
 def _int_mm(rows: Tensor, weight: Tensor) -> Tensor:
