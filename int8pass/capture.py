@@ -83,17 +83,22 @@ def _with_constants(traced: fx.GraphModule, fake_mode: FakeTensorMode, origins: 
             remaining.append(position)
             continue
         constant = Constant(parameter_path(origin), position)
-        fake = node.meta["val"]
-        name = constants.add(constant, fake)
-        with traced.graph.inserting_after(node):
-            read = traced.graph.create_node("get_attr", name)
-        read.meta["val"] = fake
-        node.replace_all_uses_with(read)
-        traced.graph.erase_node(node)
+        _read_as_constant(node, constant, constants)
     _adopt_fixed(traced, constants)
     _reads_after_placeholders(traced.graph)
     traced.recompile()
     return Program(traced, constants, fake_mode, remaining, origins)
+
+
+def _read_as_constant(placeholder: fx.Node, constant: Constant, constants: Constants) -> None:
+    """Replace a placeholder by a `get_attr` of the constant it stands for."""
+    graph = placeholder.graph
+    name = constants.add(constant, placeholder.meta["val"])
+    with graph.inserting_after(placeholder):
+        read = graph.create_node("get_attr", name)
+    read.meta["val"] = placeholder.meta["val"]
+    placeholder.replace_all_uses_with(read)
+    graph.erase_node(placeholder)
 
 
 def _adopt_fixed(gm: fx.GraphModule, constants: Constants) -> None:
@@ -184,12 +189,7 @@ def from_export(exported: torch.export.ExportedProgram) -> Program:
         if node.name not in inputs or node in mutated:
             remaining.append(position)
             continue
-        name = constants.add(Constant(inputs[node.name], position), node.meta["val"])
-        with gm.graph.inserting_after(node):
-            read = gm.graph.create_node("get_attr", name)
-        read.meta["val"] = node.meta["val"]
-        node.replace_all_uses_with(read)
-        gm.graph.erase_node(node)
+        _read_as_constant(node, Constant(inputs[node.name], position), constants)
     _reads_after_placeholders(gm.graph)
     gm.recompile()
     return Program(gm, constants, fake_mode, remaining)
