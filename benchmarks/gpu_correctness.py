@@ -101,7 +101,7 @@ def linear_speed() -> list[dict[str, Any]]:
         for m in ROWS:
             x = random_tensor(m, k, device=CUDA, dtype=torch.bfloat16, seed=7)
             codes, scale = numerics.quantize_symmetric(x)
-            a8 = [(codes, scale, None, q, s, None, None, None, None, torch.bfloat16) for q, s in quantized]
+            a8 = [(codes, scale, None, q, s, None, None, None, None, None, torch.bfloat16) for q, s in quantized]
             a16 = [(x, q, s, None) for q, s in quantized]
             record: dict[str, Any] = {"m": m, "n": n, "k": k}
             for name, op, args in [("w8a8", w8a8, a8), ("w8a16", w8a16, a16)]:

@@ -65,7 +65,7 @@ def _linear(node: fx.Node, edit: Edit, found: dict[str, fx.Node], bias: object, 
         assert codes is not None
         (sums,) = edit.derive(f"{codes.label}.sums", column_sums, [codes], before=node)
     arguments = [found[k] for k in ("codes", "scale", "zero_point", "weight", "weight_scale")]
-    outliers = outlier or (None, None)
+    outliers = outlier or (None, None, None)
     dtype = node.meta["val"].dtype
     return edit.call(linear_ops.linear_w8a8.overload, *arguments, sums, bias, *outliers, dtype, before=node)
 
@@ -75,11 +75,8 @@ def fuse_outlier_linear(node: fx.Node, edit: Edit) -> fx.Node | None:
     found = _WITH_OUTLIERS.match(node)
     if found is None or len(found["linear"].users) != 1:
         return None
-    if "columns" not in found:
-        part = found["outlier_weight"]
-    else:
-        part = edit.call(aten.index_select.default, found["weight"], 1, found["columns"], before=node)
-    return _linear(node, edit, found, _bias(found["linear"]), found["outliers"], part)
+    part = (found.get("outlier_weight"), found.get("columns"))
+    return _linear(node, edit, found, _bias(found["linear"]), found["outliers"], *part)
 
 
 def fuse_linear(node: fx.Node, edit: Edit) -> fx.Node | None:
@@ -234,7 +231,7 @@ def merge_linears(program: Program, allowed: Callable[[fx.Node], bool]) -> int:
     return merged
 
 
-# Argument positions that differ between merged linears: weight, scale, sums, bias (and outlier weight).
+# Argument positions that differ between merged linears: weight, scale, sums, bias (and float outlier weight).
 _CODES = 3
 _PARTS = {"linear_w8a8": (3, 4, 5, 6, 8), "linear_w8a16": (1, 2, 3)}
 
@@ -247,8 +244,6 @@ def _merge_key(node: fx.Node, edit: Edit) -> tuple[object, ...] | None:
     for index, argument in enumerate(node.args):
         if index not in parts:
             shape.append(argument)
-        elif isinstance(argument, fx.Node) and op_name(argument) == "index_select":
-            shape.append(("columns", argument.args[2]))
         elif argument is None or edit.constant(argument) is not None:
             shape.append(argument is None)
         else:
@@ -264,8 +259,6 @@ def _merge(edit: Edit, nodes: list[fx.Node]) -> None:
         column = [node.args[index] for node in nodes]
         if column[0] is None:
             continue
-        if op_name(column[0]) == "index_select":
-            continue  # made again below, from the merged weight
         constants = [c for c in map(edit.constant, column) if c]
         if constants[0].compute is column_sums:
             # Of the merged codes, which are kept, and not of the originals, which may have been released.
@@ -274,10 +267,6 @@ def _merge(edit: Edit, nodes: list[fx.Node]) -> None:
             continue
         label = "+".join(c.label for c in constants)
         (arguments[index],) = edit.derive(label, concatenate, constants, before=first)
-    if len(arguments) > 8 and op_name(arguments[8]) == "index_select":
-        select = arguments[8]
-        assert isinstance(select, fx.Node)
-        arguments[8] = edit.call(aten.index_select.default, arguments[3], 1, select.args[2], before=first)
     result = edit.call(first.target, *arguments, before=first)
     start = 0
     for node in nodes:

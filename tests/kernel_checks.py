@@ -153,15 +153,15 @@ def _w8a8_samples(device: torch.device) -> Iterator[Sample]:
             weight, weight_scale = numerics.quantize_weight(w)
             columns = torch.arange(0, k, 3, device=device)
             outliers = random_tensor(m, len(columns), device=device, dtype=dtype, seed=4)
-            outlier_weight = weight[:, columns] if index % 2 else w[:, columns].to(dtype)
+            part = (None, columns) if index % 2 else (w[:, columns].to(dtype), None)
             affine = (codes, scale, zero, weight, weight_scale, weight.sum(1, dtype=torch.int32), None)
-            yield Sample(f"{m}x{n}x{k}", (*affine, outliers, outlier_weight, dtype))
+            yield Sample(f"{m}x{n}x{k}", (*affine, outliers, *part, dtype))
             index += 1
     k, n, dtype = 96, 24, torch.float32
     x = random_tensor(5, k, device=device)
     codes, scale = numerics.quantize_symmetric(x)
     weight, weight_scale = numerics.quantize_weight(random_tensor(n, k, device=device, seed=1))
-    none = (None,) * 4
+    none = (None,) * 5
     yield Sample("column_major", (codes.t().contiguous().t(), scale, None, weight, weight_scale, *none, dtype))
     yield Sample("strided_rows", (codes[::2], scale[::2], None, weight, weight_scale, *none, dtype))
     yield Sample("column_major_weight", (codes, scale, None, weight.t().contiguous().t(), weight_scale, *none, dtype))
@@ -174,9 +174,9 @@ def _w8a8_samples(device: torch.device) -> Iterator[Sample]:
     wide = random_tensor(5, 40, device=device, dtype=torch.bfloat16)
     mixed = random_tensor(n, 40, device=device, seed=3)
     yield Sample(
-        "mixed_outliers", (codes, scale[:1].expand(5, 1), None, weight, weight_scale, None, None, wide, mixed, dtype)
+        "mixed_outliers", (codes, scale[:1].expand(5, 1), None, weight, weight_scale, None, None, wide, mixed, None, dtype)
     )
-    yield Sample("no_outliers", (codes, one, None, weight, weight_scale, None, None, wide[:, :0], mixed[:, :0], dtype))
+    yield Sample("no_outliers", (codes, one, None, weight, weight_scale, None, None, wide[:, :0], mixed[:, :0], None, dtype))
 
 
 def _w8a16_samples(device: torch.device) -> Iterator[Sample]:

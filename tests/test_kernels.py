@@ -135,7 +135,7 @@ def test_a_triton_predicate_says_why_it_refuses() -> None:
     with pytest.raises(LoweringError, match=r"not torch\.float64"):
         ops["quantize_per_token"].choose("triton", (torch.zeros(2, 3, dtype=torch.float64), True))
     deep = torch.zeros(1, 70000, dtype=torch.int8)
-    args = (deep, torch.ones(1, 1), None, deep, torch.ones(1), None, None, None, None, torch.float32)
+    args = (deep, torch.ones(1, 1), None, deep, torch.ones(1), None, None, None, None, None, torch.float32)
     with pytest.raises(LoweringError, match="overflow an int32"):
         ops["linear_w8a8"].choose("triton", args)
     with pytest.raises(LoweringError, match="'swish' is none of silu"):
@@ -230,7 +230,7 @@ def test_more_elements_than_int32_counts() -> None:
     weight = random_tensor(n, k, device=DEVICE, seed=1).clamp(-3, 3).mul(40).to(torch.int8)
     weight_scale = torch.full((n,), 0.01, device=DEVICE)
     op = all_ops()["linear_w8a8"]
-    none = (None,) * 4
+    none = (None,) * 5
     got = op.choose("triton", (codes, scale, None, weight, weight_scale, *none, torch.bfloat16)).function(
         codes, scale, None, weight, weight_scale, *none, torch.bfloat16
     )

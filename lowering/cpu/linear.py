@@ -38,6 +38,7 @@ def linear_int_mm(
     bias: Tensor | None,
     outliers: Tensor | None,
     outlier_weight: Tensor | None,
+    columns: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """int32 product by `_int_mm`, one fused epilogue."""
@@ -47,12 +48,13 @@ def linear_int_mm(
         acc = acc - zero_point * weight_sum
     y = acc.float() * scale * weight_scale
     if outliers is not None:
-        assert outlier_weight is not None
+        right = weight.index_select(1, columns) if columns is not None else outlier_weight
+        assert right is not None
         # Many rows: in their own dtype, whose matmul is several times faster; a row or two: exactly.
-        own = outliers.dtype if outlier_weight.dtype == torch.int8 else outlier_weight.dtype
+        own = outliers.dtype if columns is not None else right.dtype
         wide = torch.float32 if (rows(codes) or FEW_ROWS) < FEW_ROWS else own
-        part = F.linear(outliers.to(wide), outlier_weight.to(wide)).float()
-        y = y + (part * weight_scale if outlier_weight.dtype == torch.int8 else part)
+        part = F.linear(outliers.to(wide), right.to(wide)).float()
+        y = y + (part * weight_scale if columns is not None else part)
     if bias is not None:
         y = y + bias.float()
     return y.to(dtype)

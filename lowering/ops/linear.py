@@ -26,20 +26,20 @@ def w8a8_samples(device: torch.device) -> Iterator[Sample]:
         weight_sum = weight.sum(1, dtype=torch.int32)
         bias = random_tensor(n, device=device, seed=2).to(dtype)
         codes, scale = numerics.quantize_symmetric(x)
-        yield Sample(f"{label}-sym", (codes, scale, None, weight, weight_scale, None, None, None, None, dtype))
+        yield Sample(f"{label}-sym", (codes, scale, None, weight, weight_scale, None, None, None, None, None, dtype))
         acodes, ascale, zero = numerics.quantize_affine(x)
         affine = (acodes, ascale, zero, weight, weight_scale, weight_sum, bias)
-        yield Sample(f"{label}-affine-bias", (*affine, None, None, dtype))
+        yield Sample(f"{label}-affine-bias", (*affine, None, None, None, dtype))
         if k < 8:
             continue
         columns = torch.tensor([0, 1, 5], device=device)
         outliers = x[:, columns].to(dtype)
-        yield Sample(f"{label}-float-outliers", (*affine, outliers, w[:, columns].to(dtype).contiguous(), dtype))
-        yield Sample(f"{label}-int8-outliers", (*affine, outliers, weight[:, columns].contiguous(), dtype))
+        yield Sample(f"{label}-float-outliers", (*affine, outliers, w[:, columns].to(dtype).contiguous(), None, dtype))
+        yield Sample(f"{label}-int8-outliers", (*affine, outliers, None, columns, dtype))
     codes3 = random_tensor(2, 3, 64, device=device).clamp(-3, 3).mul(40).to(torch.int8)
     scale3 = torch.full((2, 3, 1), 0.01, device=device)
     weight, weight_scale = numerics.quantize_weight(random_tensor(16, 64, device=device))
-    yield Sample("rank3", (codes3, scale3, None, weight, weight_scale, None, None, None, None, torch.float32))
+    yield Sample("rank3", (codes3, scale3, None, weight, weight_scale, None, None, None, None, None, torch.float32))
 
 
 @op(samples=w8a8_samples, tolerance=Tolerance(rtol=2e-5, atol=2e-5))
@@ -53,14 +53,15 @@ def linear_w8a8(
     bias: Tensor | None,
     outliers: Tensor | None,
     outlier_weight: Tensor | None,
+    columns: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """`y[..., N] = ((codes - zero_point)[..., K] @ weight[N, K]ᵀ) · scale · weight_scale + bias + outlier part`.
 
     The product accumulates in int32; the zero point is corrected exactly there by the int32
-    `weight_sum[N] = Σ_k weight[n, k]`. The outlier part is `outliers[..., R] @ outlier_weight[N, R]ᵀ`; int8 outlier
-    weights are columns of `weight` and take its scale, as in LLM.int8() (arXiv 2208.07339, equation 8). Computed in
-    fp32, rounded once to `dtype`.
+    `weight_sum[N] = Σ_k weight[n, k]`. The outlier part is `outliers[..., R] @ outlier_weight[N, R]ᵀ` with
+    float weights, or with the int8 `columns[R]` of `weight` itself, under its scale, as in LLM.int8() (arXiv
+    2208.07339, equation 8). Computed in fp32, rounded once to `dtype`.
     """
     # float64 holds every int32 sum exactly, and unlike an int32 matmul it exists on every device.
     acc = codes.double() @ weight.double().t()
@@ -69,9 +70,12 @@ def linear_w8a8(
         acc = acc - zero_point.double() * weight_sum.double()
     y = acc.float() * scale * weight_scale
     if outliers is not None:
-        assert outlier_weight is not None
-        part = outliers.float() @ outlier_weight.float().t()
-        y = y + (part * weight_scale if outlier_weight.dtype == torch.int8 else part)
+        wide = outliers.float()
+        if columns is not None:
+            y = y + (wide @ weight[:, columns].float().t()) * weight_scale
+        else:
+            assert outlier_weight is not None
+            y = y + wide @ outlier_weight.float().t()
     if bias is not None:
         y = y + bias.float()
     return y.to(dtype)

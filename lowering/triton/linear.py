@@ -272,7 +272,7 @@ def _weight_rows(weight: Tensor) -> Tensor:
 
 
 def _fits_w8a8(codes: Tensor, *rest: object) -> bool | str:
-    outliers, dtype = rest[6], rest[8]
+    outliers, dtype = rest[6], rest[9]
     if dtype not in FLOATS or (isinstance(outliers, Tensor) and outliers.dtype not in FLOATS):
         return "the Triton kernels take float32, bfloat16 and float16"
     k = codes.shape[-1]
@@ -293,6 +293,7 @@ def linear_w8a8_tiles(
     bias: Tensor | None,
     outliers: Tensor | None,
     outlier_weight: Tensor | None,
+    columns: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """One launch: int32 product and everything after it."""
@@ -308,6 +309,8 @@ def linear_w8a8_tiles(
         zeros, sums = per_row(zero_point, codes), weight_sum.contiguous()
     r, tiles, left = 0, W8A8_TILES, None
     if outliers is not None and outliers.shape[-1] > 0:
+        if columns is not None:
+            outlier_weight = weight.index_select(1, columns)
         assert outlier_weight is not None
         left, outlier_weight, r = as_rows(outliers), _weight_rows(outlier_weight), outliers.shape[-1]
         if torch.float32 in (outliers.dtype, outlier_weight.dtype):
