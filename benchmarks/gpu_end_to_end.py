@@ -13,6 +13,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -26,8 +27,9 @@ class Child:
         self.case, self.scheme = case, scheme
         command = [sys.executable, "-m", "benchmarks.gpu_end_to_end", "--out", "-", "--layers", str(arguments.layers)]
         command += ["--child", case, scheme, *(["--profile"] if arguments.profile else [])]
+        self.errors = tempfile.TemporaryFile("w+")  # a pipe nobody reads would stop a child that has much to say
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
         )
 
     def ready(self) -> bool:
@@ -37,12 +39,19 @@ class Child:
 
     def measure(self) -> dict[str, Any]:
         """Its row; or what went wrong."""
-        out, err = self.process.communicate("GO\n")
+        if self.process.poll() is not None:  # failed before it was ready
+            return self.failure()
+        out, _ = self.process.communicate("GO\n")
         if self.process.returncode != 0:
-            return {"case": self.case, "scheme": self.scheme, "failed": err[-1500:]}
+            return self.failure()
         row = json.loads(out.strip().splitlines()[-1])
         assert isinstance(row, dict)
         return row
+
+    def failure(self) -> dict[str, Any]:
+        """The end of what it wrote to stderr."""
+        self.errors.seek(0)
+        return {"case": self.case, "scheme": self.scheme, "failed": self.errors.read()[-1500:]}
 
 
 def child(case: str, scheme: str, layers: int, profile: bool) -> None:
@@ -73,6 +82,8 @@ def timings(arguments: argparse.Namespace, batch: int = 14) -> list[dict[str, An
             one.ready()
         for one in children:
             rows.append(one.measure())
+            with open(arguments.out + ".part", "w") as file:
+                json.dump({"timings": rows}, file)
             print({k: v for k, v in rows[-1].items() if k != "kernels"}, flush=True)
     return rows
 
@@ -84,6 +95,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", help="parts of names of cases (default: all)")
     parser.add_argument("--schemes", nargs="*", default=SCHEMES)
     parser.add_argument("--profile", action="store_true", help="record every kernel of one call")
+    parser.add_argument("--memory", action="store_true", help="measure weight memory and peak activation memory too")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -99,6 +111,11 @@ def main() -> None:
         "layers": arguments.layers,
         "timings": timings(arguments),
     }
+    if arguments.memory:
+        from benchmarks.gpu_model import memory
+
+        result["memory"] = memory(arguments.layers, "cuda")
+        print(result["memory"], flush=True)
     result["seconds"] = round(time.perf_counter() - begin)
     with open(arguments.out, "w") as file:
         json.dump(result, file, indent=1)

@@ -94,20 +94,24 @@ def tokens(case: str, device: str) -> Tensor:
     return x.bfloat16()
 
 
-def milliseconds(function: Callable[[Tensor], Tensor], x: Tensor, repeats: int = 30) -> float:
-    """Median over `repeats` calls, timed with events."""
+def milliseconds(function: Callable[[Tensor], Tensor], x: Tensor, repeats: int = 40, wait: bool = False) -> float:
+    """Median over `repeats` calls, timed with events: calls in a row, as a server makes them; or with `wait` each one
+    alone on an idle device, so that the time the host takes to start it counts."""
+    events = []
     with torch.no_grad():
         for _ in range(5):
             function(x)
-        times = []
+        torch.cuda.synchronize()
         for _ in range(repeats):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             function(x)
             end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-    return statistics.median(times)
+            if wait:
+                end.synchronize()
+            events.append((start, end))
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events)
 
 
 def kernels(function: Callable[[Tensor], Tensor], x: Tensor) -> list[dict[str, Any]]:
@@ -130,16 +134,6 @@ def kernels(function: Callable[[Tensor], Tensor], x: Tensor) -> list[dict[str, A
     return rows
 
 
-def relative_error(function: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> float:
-    """Of what the layers add to `x`, against eager in bf16 with fp32 weights and activations."""
-    with torch.no_grad():
-        found = function(x).float() - x.float()
-        wide = model.float()
-        expected = wide(x.float()) - x.float()
-        model.bfloat16()  # values were bf16: exact
-    return float((found - expected).norm() / expected.norm())
-
-
 def one_case(case: str, scheme: str, layers: int, device: str, wait: Callable[[], None], profile: bool) -> dict[str, Any]:
     """Compile (before `wait`), then check, time and profile one case."""
     x = tokens(case, device)
@@ -156,6 +150,7 @@ def one_case(case: str, scheme: str, layers: int, device: str, wait: Callable[[]
     torch.cuda.synchronize()
     wait()
     row["ms"] = round(milliseconds(function, x), 4)
+    row["latency ms"] = round(milliseconds(function, x, wait=True), 4)
     if profile:
         row["kernels"] = kernels(function, x)
     fresh = tokens(case, device)  # other values than at capture time, in another place
@@ -171,9 +166,35 @@ def _eager(model: nn.Module, x: Tensor) -> Tensor:
     y = x.float()
     with torch.no_grad():
         for layer in model.children():
-            wide = Layer(HIDDEN).to(x.device)
+            with torch.device(x.device):
+                wide = Layer()
             wide.load_state_dict(layer.state_dict())
             y = wide(y)
             del wide
     gc.collect()
     return y - x.float()
+
+
+def memory(layers: int, device: str) -> dict[str, float]:
+    """Bytes of GPU memory with bf16 weights and after compiling with `free_weights`; and what a prefill of 4096 tokens
+    needs beyond the weights at its peak, under bf16 Inductor and under int8."""
+    result: dict[str, float] = {}
+    x = tokens("prefill 1x4096", device)
+    empty = torch.cuda.memory_allocated()
+    model = build(layers, device)
+    result["bf16 bytes"] = torch.cuda.memory_allocated() - empty
+    for scheme, options in (("bf16", {}), ("w8a8", {"free_weights": True})):
+        torch._dynamo.reset()
+        function = compiled(model, scheme, x, None, **options)
+        with torch.no_grad():
+            function(x)
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.no_grad():
+            function(x)
+        result[f"{scheme} peak activation bytes"] = torch.cuda.max_memory_allocated() - before
+        result["int8 bytes"] = before - empty
+    result["ratio"] = round(result["int8 bytes"] / result["bf16 bytes"], 4)
+    return result

@@ -34,6 +34,7 @@ def fuse(program: Program, merge: Callable[[fx.Node], bool] = lambda node: True)
         ),
     )  # fmt: skip
     log.hits["merge_linears"] += merge_linears(program, merge)
+    log.hits += apply_rules(program, (fuse_gated_linear,)).hits
     return log
 
 
@@ -141,21 +142,24 @@ def fuse_split_quantize_dynamic(node: fx.Node, edit: Edit) -> fx.Node | None:
     return _fuse_split(node, edit, "outlier_split_dynamic", quantize_ops.split_quantize_dynamic.overload)
 
 
-def _static_quantize(node: fx.Node) -> tuple[fx.Node, object, bool] | None:
-    """Input, columns (or None) and symmetry of a quantize whose columns are known before the row is read."""
+_QUANTIZES = {"quantize_per_token", "split_quantize", "split_quantize_dynamic"}
+
+
+def _quantize_arguments(node: fx.Node) -> tuple[bool, tuple[object, ...]]:
+    """Of a quantize: whether it finds its columns itself, and its arguments after the input (columns first)."""
     if op_name(node) == "quantize_per_token":
-        return node.args[0], None, node.args[1]  # type: ignore[return-value]
-    if op_name(node) == "split_quantize":
-        return node.args[0], node.args[1], node.args[2]  # type: ignore[return-value]
-    return None
+        return False, (None, node.args[1])
+    return op_name(node) == "split_quantize_dynamic", node.args[1:]
 
 
 def fuse_norm(node: fx.Node, edit: Edit) -> fx.Node | None:
-    """`quantize(norm(x))`, the norm read by nothing else ⇒ `norm_quantize(x)`"""
-    found = _static_quantize(node)
-    if found is None or op_name(found[0]) not in {"rms_norm", "layer_norm"} or len(found[0].users) != 1:
+    """`quantize(norm(x))`, the norm read by nothing else ⇒ `norm_quantize(x)` or `norm_quantize_dynamic(x)`"""
+    if op_name(node) not in _QUANTIZES:
         return None
-    norm, columns, symmetric = found
+    norm = node.args[0]
+    if op_name(norm) not in {"rms_norm", "layer_norm"} or len(norm.users) != 1:  # type: ignore[union-attr]
+        return None
+    assert isinstance(norm, fx.Node)
     if op_name(norm) == "rms_norm":
         x, gamma, eps, offset, round_first = norm.args
         arguments: tuple[object, ...] = (x, gamma, None, eps, offset, "rms_round_first" if round_first else "rms")
@@ -165,14 +169,20 @@ def fuse_norm(node: fx.Node, edit: Edit) -> fx.Node | None:
         if len(shape) != 1:  # type: ignore[arg-type]
             return None
         arguments = (x, gamma, beta, eps, 0.0, "layer")
-    new = edit.call(norm_ops.norm_quantize.overload, *arguments, columns, symmetric, before=node)
+    dynamic, rest = _quantize_arguments(node)
+    fused = norm_ops.norm_quantize_dynamic if dynamic else norm_ops.norm_quantize
+    new = edit.call(fused.overload, *arguments, *rest, before=node)
     _replace_elements(node, new, 0, edit)
     return new
 
 
+_WITH_ADD = {"norm_quantize": norm_ops.add_norm_quantize, "norm_quantize_dynamic": norm_ops.add_norm_quantize_dynamic}
+
+
 def fuse_add_norm(node: fx.Node, edit: Edit) -> fx.Node | None:
     """`norm_quantize(x + residual)` ⇒ `add_norm_quantize(x, residual)`, the sum being its first element"""
-    if op_name(node) != "norm_quantize" or op_name(node.args[0]) != "add":
+    fused = _WITH_ADD.get(op_name(node))
+    if fused is None or op_name(node.args[0]) != "add":
         return None
     total = node.args[0]
     assert isinstance(total, fx.Node)
@@ -182,7 +192,7 @@ def fuse_add_norm(node: fx.Node, edit: Edit) -> fx.Node | None:
     values = [n.meta["val"] for n in (a, b, total)]
     if any(not isinstance(v, Tensor) or v.shape != values[2].shape or v.dtype != values[2].dtype for v in values):
         return None
-    new = edit.call(norm_ops.add_norm_quantize.overload, a, b, *node.args[1:], before=total, like=node)
+    new = edit.call(fused.overload, a, b, *node.args[1:], before=total, like=node)
     _replace_elements(node, new, 1, edit)
     total.replace_all_uses_with(edit.element(new, 0))
     return new
@@ -193,10 +203,11 @@ _GATE_PRODUCT = mul(_ACT, Bind("up"))
 
 
 def fuse_gate_product(node: fx.Node, edit: Edit) -> fx.Node | None:
-    """`quantize(act(gate) * up)`, the product read by nothing else ⇒ `act_mul_quantize(gate, up)`"""
-    quantize = _static_quantize(node)
-    found = _GATE_PRODUCT.match(quantize[0]) if quantize else None
-    if quantize is None or found is None or len(quantize[0].users) != 1 or len(found["act"].users) != 1:
+    """`quantize(act(gate) * up)`, the product read by nothing else ⇒ `act_mul_quantize(gate, up)`, or `…_dynamic`"""
+    if op_name(node) not in _QUANTIZES:
+        return None
+    found = _GATE_PRODUCT.match(node.args[0])
+    if found is None or len(node.args[0].users) != 1 or len(found["act"].users) != 1:  # type: ignore[union-attr]
         return None
     gate, up, activation = found["gate"], found["up"], found["act"]
     if not isinstance(up, fx.Node) or gate.meta["val"].shape != up.meta["val"].shape:
@@ -204,7 +215,39 @@ def fuse_gate_product(node: fx.Node, edit: Edit) -> fx.Node | None:
     name = op_name(activation)
     if name == "gelu" and activation.kwargs.get("approximate", (*activation.args, "none")[1]) == "tanh":
         name = "gelu_tanh"
-    new = edit.call(act_ops.act_mul_quantize.overload, gate, up, name, quantize[1], quantize[2], before=node)
+    dynamic, rest = _quantize_arguments(node)
+    fused = act_ops.act_mul_quantize_dynamic if dynamic else act_ops.act_mul_quantize
+    new = edit.call(fused.overload, gate, up, name, *rest, before=node)
+    _replace_elements(node, new, 0, edit)
+    return new
+
+
+# Devices where nothing is gained, and a linear that stays visible can be chosen on its own.
+_APART = {"cpu"}
+_GATED = {
+    "act_mul_quantize": act_ops.gated_linear_quantize,
+    "act_mul_quantize_dynamic": act_ops.gated_linear_quantize_dynamic,
+}
+
+
+def fuse_gated_linear(node: fx.Node, edit: Edit) -> fx.Node | None:
+    """`act_mul_quantize` of the halves of one merged `linear_w8a8`, read by nothing else ⇒ `gated_linear_quantize`"""
+    fused = _GATED.get(op_name(node))
+    if fused is None:
+        return None
+    gate, up = node.args[:2]
+    linear = gate.args[0] if op_name(gate) == "slice" else None  # type: ignore[union-attr]
+    if op_name(linear) != "linear_w8a8" or op_name(up) != "slice" or up.args[0] is not linear:  # type: ignore[union-attr]
+        return None
+    assert isinstance(gate, fx.Node) and isinstance(up, fx.Node) and isinstance(linear, fx.Node)
+    value = linear.meta["val"]
+    half = value.shape[-1] // 2
+    halves = (gate.args[1:], up.args[1:]) == ((-1, 0, half), (-1, half, 2 * half))
+    if not halves or value.device.type in _APART or value.shape[-1] != 2 * half:
+        return None
+    if len(linear.users) != 2 or len(gate.users) != 1 or len(up.users) != 1:
+        return None
+    new = edit.call(fused.overload, *linear.args, *node.args[2:], before=node)
     _replace_elements(node, new, 0, edit)
     return new
 

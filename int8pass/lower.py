@@ -7,6 +7,7 @@ fallback), and the compiled callable takes the inputs of the original graph.
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicCo
 from int8pass.capture import Program
 from int8pass.errors import UnsupportedError
 from int8pass.graph.constants import Constant, Store, version
+from int8pass.graph.rewrite import Edit
 from lowering import registry
 
 TARGETS = {"cpu": "cpu", "cuda": "triton"}
@@ -33,17 +35,30 @@ def choose_implementations(program: Program) -> Counter[tuple[str, str]]:
         UnsupportedError: an op has no implementation for its device and arguments.
     """
     chosen: Counter[tuple[str, str]] = Counter()
-    for node in program.graph.nodes:
+    for node in list(program.graph.nodes):
         op = registry.find(node.target) if node.op == "call_function" else None
         if op is None:
             continue
         values = fx.node.map_arg(node.args, lambda n: n.meta["val"])
         implementation = choose(op, tuple(values))
+        if implementation.prepack is not None:
+            _prepack(node, op, implementation.prepack, Edit(program))
         node.target = implementation.function
         node.meta["int8pass.implementation"] = implementation.name
         chosen[op.name, implementation.name] += 1
     program.gm.recompile()
     return chosen
+
+
+def _prepack(node: fx.Node, op: registry.Op, prepack: registry.Prepack, edit: Edit) -> None:
+    """Give an implementation the argument it prefers, if the one in the graph is a constant."""
+    position = list(inspect.signature(op.reference).parameters).index(prepack.parameter)
+    constant = edit.constant(node.args[position])
+    if constant is not None:
+        options = prepack.options(*fx.node.map_arg(node.args, lambda n: n.meta["val"]))
+        label = f"{constant.label}.{prepack.compute.__name__}"
+        (packed,) = edit.derive(label, prepack.compute, [constant], *options, before=node)
+        node.update_arg(position, packed)
 
 
 def choose(op: registry.Op, values: tuple[Any, ...]) -> registry.Implementation:

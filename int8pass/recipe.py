@@ -48,7 +48,8 @@ class Scheme:
     smoothing_threshold: float = 8.0
     """Channels whose gamma-to-weight ratio exceeds this many medians are smoothed."""
     one_row: Literal["same", "weight_only"] = "weight_only"
-    """A graph for a single token (decode) is bound by reading weights: float activations cost nothing there."""
+    """A graph for a single token (decode; on GPUs for up to 16) is bound by reading weights: float activations cost
+    nothing there."""
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(Scheme).items():

@@ -45,6 +45,16 @@ class Tolerance:
 
 
 @dataclass(frozen=True)
+class Prepack:
+    """Says that an implementation would rather have `compute(argument, *options(*args))` in place of the argument
+    called `parameter`, where that is a constant of the graph: it is then computed once instead of in every call."""
+
+    parameter: str
+    compute: Callable[..., Tensor]
+    options: Callable[..., tuple[Any, ...]] = lambda *args: ()
+
+
+@dataclass(frozen=True)
 class Implementation:
     """`function` for `target`; `when(*args)` says whether it takes these arguments (fake tensors included)."""
 
@@ -52,6 +62,7 @@ class Implementation:
     name: str
     function: Callable[..., Any]
     when: Callable[..., bool | str]
+    prepack: Prepack | None = None
 
     def refuses(self, args: Args) -> str | None:
         """None when the implementation takes `args`; else why not."""
@@ -80,7 +91,12 @@ class Op:
         return self.overload(*args)
 
     def impl(
-        self, target: str, *, when: Callable[..., bool | str] = lambda *args: True, name: str | None = None
+        self,
+        target: str,
+        *,
+        when: Callable[..., bool | str] = lambda *args: True,
+        name: str | None = None,
+        prepack: Prepack | None = None,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Attach the decorated function as an implementation for `target`. The latest attached is asked first."""
 
@@ -89,7 +105,7 @@ class Op:
             if list(ours.parameters) != list(theirs.parameters):
                 raise TypeError(f"{target} implementation of {self.name} takes {theirs}, the op takes {ours}")
             label = name or f"{target}:{function.__name__}"
-            self.implementations.insert(0, Implementation(target, label, function, when))
+            self.implementations.insert(0, Implementation(target, label, function, when, prepack))
             return function
 
         return attach

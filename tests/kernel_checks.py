@@ -15,7 +15,11 @@ import torch
 from torch import Tensor
 
 from lowering import numerics, ops  # noqa: F401  (declares the ops)
-from lowering.registry import Sample, Tolerance, random_tensor
+from lowering.ops.act import ACTIVATIONS
+from lowering.ops.linear import linear_w8a8
+from lowering.ops.norm import normalize
+from lowering.ops.quantize import split_quantize
+from lowering.registry import Op, Sample, Tolerance, random_tensor
 
 
 def compare(got: Any, expected: Any, tolerance: Tolerance) -> float:
@@ -46,6 +50,46 @@ def compare(got: Any, expected: Any, tolerance: Tolerance) -> float:
             assert error <= limit, f"{where}: codes differ by {error:.0f}, allowed {limit}"
         worst = max(worst, error)
     return worst
+
+
+def verify(op: Op, args: tuple[Any, ...], got: Any) -> float:
+    """`compare` with the op's reference. Columns found per call may come in any order, and equal ones may swap."""
+    if op.name == "outlier_split_dynamic" or not op.name.endswith("_dynamic"):
+        return compare(got, op.reference(*args), op.tolerance)
+    *lead, codes, scale, zero_point, outliers, columns, overflow = got
+    capacity, threshold, symmetric = args[-3:]
+    y = _split_input(op.name, args)
+    expected = op.reference(*args)
+    taken = (outliers != 0).reshape(-1, len(columns)).any(0)  # a place without outliers may name any column
+    chosen = columns[taken]
+    assert len(chosen.unique()) == len(chosen) <= capacity, "a column twice"
+    error = compare(
+        (*lead, codes, scale, zero_point, outliers[..., taken]),
+        (*expected[: len(lead)], *split_quantize.reference(y, chosen, symmetric)),
+        op.tolerance,
+    )
+    assert torch.equal(overflow, expected[-1]), f"overflow {overflow}, the reference has {expected[-1]}"
+    absmax = y.abs().reshape(-1, y.shape[-1]).amax(0) if y.numel() else y.new_zeros(y.shape[-1])
+    best = torch.topk(absmax, len(columns)).values
+    best = best[(best != 0) & ~(best <= threshold)] if threshold == 0 else best[best > threshold]
+    order = absmax[chosen].sort(descending=True).values
+    assert len(order) == len(best), f"{len(order)} columns, the reference has {len(best)}"
+    torch.testing.assert_close(order, best, rtol=1e-2, atol=0.0, equal_nan=True)
+    return error
+
+
+def _split_input(name: str, args: tuple[Any, ...]) -> Tensor:
+    """What a `…_dynamic` op splits."""
+    if name == "split_quantize_dynamic":
+        return args[0]
+    if name == "act_mul_quantize_dynamic":
+        return ACTIVATIONS[args[2]](args[0]) * args[1]
+    if name == "gated_linear_quantize_dynamic":
+        gate, up = linear_w8a8.reference(*args[:11]).chunk(2, -1)
+        return ACTIVATIONS[args[11]](gate) * up
+    if name == "norm_quantize_dynamic":
+        return normalize(*args[:6])
+    return normalize(args[0] + args[1], *args[2:7])
 
 
 def _finite(x: Tensor) -> Tensor:
@@ -103,6 +147,8 @@ def _rows(device: torch.device) -> Iterator[tuple[str, Tensor]]:
     special[7] = special[7].abs()
     yield "special", special
     yield "huge", random_tensor(3, 40, device=device) * 1e37
+    # More rows than programs choose columns for on their own.
+    yield "many_rows", random_tensor(150, 96, device=device, dtype=torch.bfloat16)
     # Longer than a kernel holds in registers, and not a multiple of its pieces.
     yield "long_row", random_tensor(2, 16500, device=device, dtype=torch.bfloat16)
 
@@ -138,6 +184,15 @@ def _row_op_samples(name: str, label: str, x: Tensor, index: int) -> Iterator[Sa
             yield Sample("fp32_weight", (half, wide, None, 1e-5, 0.0, "rms_round_first", _columns(x), symmetric))
     elif name == "add_norm_quantize":
         yield Sample(f"{label}-{mode}", (x, other, weight, None, 1e-5, 0.0, mode, columns, symmetric))
+    elif name == "norm_quantize_dynamic":
+        bias = weight.flip(0) if mode == "layer" else None
+        yield Sample(f"{label}-{mode}", (x, weight, bias, 1e-5, 0.5, mode, 4, 1.0 if index % 2 else 0.0, symmetric))
+    elif name == "add_norm_quantize_dynamic":
+        search = (4, 1.0 if index % 2 else 0.0)
+        yield Sample(f"{label}-{mode}", (x, other, weight, None, 1e-5, 0.0, mode, *search, symmetric))
+    elif name == "act_mul_quantize_dynamic":
+        act = ("silu", "gelu", "gelu_tanh", "relu", "sigmoid")[index % 5]
+        yield Sample(f"{label}-{act}", (x, other, act, 4, 1.0 if index % 2 else 0.0, symmetric))
     elif name == "act_mul_quantize":
         act = ("silu", "gelu", "gelu_tanh", "relu", "sigmoid")[index % 5]
         yield Sample(f"{label}-{act}", (x, other, act, columns, symmetric))
@@ -178,6 +233,27 @@ def _w8a8_samples(device: torch.device) -> Iterator[Sample]:
     yield Sample("no_outliers", (codes, one, *plain[2:], wide[:, :0], mixed[:, :0], None, dtype))
 
 
+def _large_samples(device: torch.device) -> Iterator[Sample]:
+    """Enough tiles for the persistent kernel, ragged in every dimension."""
+    for label, (m, n, k), r, code_columns in [
+        ("even", (2048, 4096, 512), 0, False),
+        ("ragged", (1999, 4640, 528), 0, False),
+        ("float_outliers", (1999, 4640, 528), 24, False),
+        ("code_outliers", (2100, 4128, 1040), 64, True),
+        ("shallow", (4100, 2080, 16), 8, False),
+    ]:
+        codes, scale, zero = numerics.quantize_affine(random_tensor(m, k, device=device))
+        w = random_tensor(n, k, device=device, seed=1)
+        weight, weight_scale = numerics.quantize_weight(w)
+        sums, bias = weight.sum(1, dtype=torch.int32), random_tensor(n, device=device, dtype=torch.bfloat16, seed=2)
+        affine = (zero, sums, bias) if r or label == "ragged" else (None, None, None)
+        columns = torch.arange(r, device=device) * (k // max(r, 1))
+        outliers = random_tensor(m, r, device=device, dtype=torch.bfloat16, seed=4) if r else None
+        right = w[:, columns].bfloat16().contiguous() if r and not code_columns else None
+        part = (outliers, right, columns if code_columns else None)
+        yield Sample(label, (codes, scale, affine[0], weight, weight_scale, *affine[1:], *part, torch.bfloat16))
+
+
 def _w8a16_samples(device: torch.device) -> Iterator[Sample]:
     index = 0
     for m in (0, 1, 17, 123):
@@ -202,6 +278,13 @@ def hard_samples(name: str, device: torch.device) -> Iterator[Sample]:
     """Argument lists of the op `name` that its own samples leave out."""
     if name == "linear_w8a8":
         yield from _w8a8_samples(device)
+        if device.type == "cuda":
+            yield from _large_samples(device)
+    elif name.startswith("gated_linear"):
+        if device.type == "cuda":
+            for sample in _large_samples(device):
+                search = (8, 0.5) if name.endswith("dynamic") else (torch.arange(2, 66, 2, device=device),)
+                yield Sample(sample.label, (*sample.args, "silu", *search, sample.args[2] is None))
     elif name == "linear_w8a16":
         yield from _w8a16_samples(device)
     else:

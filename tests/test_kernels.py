@@ -67,7 +67,7 @@ def check(op_name: str, target: str, name: str, label: str, device_name: str) ->
     for i, (now, then) in enumerate(zip(args, before, strict=True)):
         if isinstance(now, Tensor):
             assert torch.equal(now.nan_to_num(), then.nan_to_num()), f"argument {i} was written to"
-    kernel_checks.compare(got, op.reference(*args), op.tolerance)
+    kernel_checks.verify(op, args, got)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def test_compiled_by_inductor(op_name: str, dynamic: bool) -> None:
                     for d in range(value.dim() - 1):
                         torch._dynamo.maybe_mark_dynamic(value, d)
         compiled = torch.compile(function, fullgraph=True)
-        kernel_checks.compare(compiled(*sample.args), op.reference(*sample.args), op.tolerance)
+        kernel_checks.verify(op, sample.args, compiled(*sample.args))
         if not sample.label.startswith(("silu", "rms", "decode", "2d", "prefill")):
             break
 
@@ -216,7 +216,7 @@ def test_dynamic_outliers_in_a_cuda_graph() -> None:
     x.copy_(random_tensor(33, 256, device=DEVICE, dtype=torch.bfloat16, seed=9).roll(5, -1))
     graph.replay()
     torch.cuda.synchronize()
-    kernel_checks.compare(got, op.reference(*args), op.tolerance)
+    kernel_checks.verify(op, args, got)
 
 
 @pytest.mark.gpu

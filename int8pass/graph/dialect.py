@@ -21,7 +21,8 @@ Stage = Literal["captured", "normalized", "portable", "fused"]
 PORTABLE_OPS = {"quantize_per_token", "dequantize", "dequantize_weight", "outlier_split", "outlier_split_dynamic"}
 FUSED_OPS = {
     "linear_w8a8", "linear_w8a16", "split_quantize", "split_quantize_dynamic", "norm_quantize", "add_norm_quantize",
-    "act_mul_quantize",
+    "act_mul_quantize", "norm_quantize_dynamic", "add_norm_quantize_dynamic", "act_mul_quantize_dynamic",
+    "gated_linear_quantize", "gated_linear_quantize_dynamic",
 }  # fmt: skip
 
 

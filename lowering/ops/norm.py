@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowering.ops.quantize import quantize_per_token, split_quantize
+from lowering.ops.quantize import quantize_per_token, split_quantize, split_quantize_dynamic
 from lowering.registry import Sample, Tolerance, op, random_tensor
 
 
@@ -41,7 +41,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float, round_
     return (normalized * (weight.float() + offset)).to(x.dtype)
 
 
-def _normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float, mode: str) -> Tensor:
+def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float, mode: str) -> Tensor:
     if mode == "layer":
         return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
     return rms_norm.reference(x, weight, eps, offset, mode == "rms_round_first")
@@ -85,7 +85,7 @@ def norm_quantize(
 
     `mode` is "layer" (LayerNorm), "rms" or "rms_round_first" (see `rms_norm`). Without `columns`, R = 0.
     """
-    return _quantize(_normalize(x, weight, bias, eps, offset, mode), columns, symmetric)
+    return _quantize(normalize(x, weight, bias, eps, offset, mode), columns, symmetric)
 
 
 def _add_norm_quantize_samples(device: torch.device) -> Iterator[Sample]:
@@ -110,3 +110,53 @@ def add_norm_quantize(
     """`h = x + residual`, then `norm_quantize(h)` → h, codes, scale, zero point, outliers."""
     h = x + residual
     return (h, *norm_quantize.reference(h, weight, bias, eps, offset, mode, columns, symmetric))
+
+
+def _norm_quantize_dynamic_samples(device: torch.device) -> Iterator[Sample]:
+    for sample in _norm_quantize_samples(device):
+        *norm, columns, symmetric = sample.args
+        search = (8, 0.0) if columns is None else (4, 1.5)
+        yield Sample(sample.label, (*norm, *search, symmetric))
+
+
+@op(samples=_norm_quantize_dynamic_samples, tolerance=Tolerance(codes=1, rtol=1e-2, atol=1e-5))
+def norm_quantize_dynamic(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    offset: float,
+    mode: str,
+    capacity: int,
+    threshold: float,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A norm of `x[..., K]`, then `split_quantize_dynamic` → codes, scale, zero point, outliers, columns, overflow."""
+    y = normalize(x, weight, bias, eps, offset, mode)
+    return split_quantize_dynamic.reference(y, capacity, threshold, symmetric)  # type: ignore[no-any-return]
+
+
+def _add_norm_quantize_dynamic_samples(device: torch.device) -> Iterator[Sample]:
+    for sample in _norm_quantize_dynamic_samples(device):
+        x = sample.args[0]
+        residual = random_tensor(*x.shape, device=device, dtype=x.dtype, seed=3)
+        yield Sample(sample.label, (x, residual, *sample.args[1:]))
+
+
+@op(samples=_add_norm_quantize_dynamic_samples, tolerance=Tolerance(codes=1, rtol=1e-2, atol=1e-5))
+def add_norm_quantize_dynamic(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    offset: float,
+    mode: str,
+    capacity: int,
+    threshold: float,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`h = x + residual`, then `norm_quantize_dynamic(h)` → h, codes, scale, zero point, outliers, columns, overflow."""
+    h = x + residual
+    rest = norm_quantize_dynamic.reference(h, weight, bias, eps, offset, mode, capacity, threshold, symmetric)
+    return (h, *rest)

@@ -7,16 +7,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowering.ops.act import ACTIVATIONS, act_mul_quantize
+from lowering.ops.act import ACTIVATIONS, act_mul_quantize, act_mul_quantize_dynamic
 from lowering.triton.launch import as_rows, empty, rounded, row_block, takes_rows, traceable, wrap_triton
 from lowering.triton.quantize import (
-    _split_columns,
-    drop_columns,
+    PREPACKED_COLUMNS,
+    SEARCH_COLUMNS,
+    SEARCH_ROWS,
+    Split,
+    bits_of,
+    dynamic_split,
     encode,
-    removed_columns,
+    first_slots,
+    inliers,
+    outlier_columns,
+    outlier_output,
+    raise_absmax,
     row_extent,
     row_outputs,
     row_scale,
+    scatter_outliers,
+    search_rows,
+    slots_at,
+    static_split,
+    store_gathered,
 )
 
 SILU = tl.constexpr(0)
@@ -24,7 +37,7 @@ GELU = tl.constexpr(1)
 GELU_TANH = tl.constexpr(2)
 RELU = tl.constexpr(3)
 SIGMOID = tl.constexpr(4)
-_CODE = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "sigmoid": 4}
+CODE = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "sigmoid": 4}
 
 
 @triton.jit
@@ -57,65 +70,110 @@ def product(gate, up, cols, mask, ACT: tl.constexpr):
 
 @triton.jit
 def _act_mul_quantize_kernel(
-    gate, gate_stride, up, up_stride, removed, columns, codes, scale, zero_point, outliers,
+    gate, gate_stride, up, up_stride, slots, bits, columns, overflow, threshold, codes, scale, zero_point, outliers,
     K: tl.constexpr, R: tl.constexpr, ACT: tl.constexpr, SYMMETRIC: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+    LOW: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     gate += row * gate_stride
     up += row * up_stride
     codes += row * K
+    first = first_slots(bits, columns, overflow, threshold, K, R, LOW, THRESHOLD, BLOCK)
+    if slots is not None:  # early: loads that wait for one another
+        column, taken = outlier_columns(slots, K, R, THRESHOLD, BLOCK_R)
+        value = product(gate, up, column, taken, ACT)
+        store_gathered(outliers + row * R, value, taken, R, BLOCK_R)
     high = 0
     low = 0
     for start in range(0, K, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         y = product(gate, up, cols, cols < K, ACT)
-        above, below = row_extent(drop_columns(y, removed, cols, cols < K), SYMMETRIC)
+        above, below = row_extent(inliers(y, slots_at(slots, first, cols, cols < K)), SYMMETRIC)
         high = tl.maximum(high, above)
         low = tl.maximum(low, below)
     s, inverse, zero = row_scale(high, low, SYMMETRIC)
     for start in range(0, K, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        y = drop_columns(product(gate, up, cols, cols < K, ACT), removed, cols, cols < K)
-        tl.store(codes + cols, encode(y, inverse, zero, SYMMETRIC), mask=cols < K)
+        y = product(gate, up, cols, cols < K, ACT)
+        slot = slots_at(slots, first, cols, cols < K)
+        tl.store(codes + cols, encode(inliers(y, slot), inverse, zero, SYMMETRIC), mask=cols < K)
+        if bits is not None:
+            scatter_outliers(outliers + row * R, y, slot)
     tl.store(scale + row, s)
     if not SYMMETRIC:
         tl.store(zero_point + row, zero)
-    if R > 0:
-        r = tl.arange(0, BLOCK_R)
-        column = tl.load(columns + r, mask=r < R, other=0)
-        value = product(gate, up, column, r < R, ACT)
-        tl.store(outliers + row * R + r, rounded(value, outliers.dtype.element_ty), mask=r < R)
 
 
-def _fits(gate: Tensor, up: Tensor, act: str, columns: Tensor | None, symmetric: bool) -> bool | str:
-    if act not in _CODE:
+@triton.jit
+def _product_absmax_kernel(
+    gate, gate_stride, up, up_stride, absmax, M, K,
+    ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Column absmax of the product, as bits, joined across programs by an integer atomic."""
+    cols = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    best = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.int32)
+    for start in range(0, ROWS, BLOCK_M):
+        rows = (first + start + tl.arange(0, BLOCK_M))[:, None]
+        mask = (rows < M) & (cols < K)[None, :]
+        y = product(gate + rows * gate_stride, up + rows * up_stride, cols[None, :], mask, ACT)
+        best = tl.maximum(best, bits_of(y))
+    raise_absmax(absmax + cols, tl.max(best, 0), cols < K)
+
+
+def _fits(gate: Tensor, up: Tensor, act: str, *rest: object) -> bool | str:
+    if act not in CODE:
         return f"activation {act!r} is none of {', '.join(ACTIVATIONS)}"
     return takes_rows(gate, up)
 
 
-@act_mul_quantize.impl("triton", when=_fits)
+def _act_mul_quantize(
+    gate: Tensor, up: Tensor, act: str, split: Split, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gates, ups = as_rows(gate), as_rows(up)
+    k = gates.width
+    codes, scale, zero_point = row_outputs(gate, symmetric)
+    outliers = outlier_output(gate, split, torch.promote_types(gate.dtype, up.dtype))
+    if not empty(gates.count):
+        block, warps = row_block(k)
+        wrap_triton(_act_mul_quantize_kernel)[(gates.count,)](
+            gates.data, gates.stride, ups.data, ups.stride, *split.arguments(), codes, scale,
+            None if symmetric else zero_point, outliers if split.count else None,
+            K=k, ACT=CODE[act], SYMMETRIC=symmetric, BLOCK=block, num_warps=warps, **split.constants(),
+        )  # fmt: skip
+    return codes, scale, zero_point, outliers
+
+
+@act_mul_quantize.impl("triton", when=_fits, prepack=PREPACKED_COLUMNS)
 @traceable
 def act_mul_quantize_rows(
     gate: Tensor, up: Tensor, act: str, columns: Tensor | None, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Activation, product, quantization and outlier gather in one launch; halves of a merged gate/up stay views."""
+    """Activation, product, quantization and outliers in one launch; halves of a merged gate/up stay views."""
+    if gate.shape != up.shape:
+        gate, up = torch.broadcast_tensors(gate, up)
+    return _act_mul_quantize(gate, up, act, static_split(columns, gate.shape[-1]), symmetric)
+
+
+@act_mul_quantize_dynamic.impl("triton", when=_fits)
+@traceable
+def act_mul_quantize_rows_dynamic(
+    gate: Tensor, up: Tensor, act: str, capacity: int, threshold: float, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Column absmax of the product, choice of columns, then `act_mul_quantize_rows`."""
     if gate.shape != up.shape:
         gate, up = torch.broadcast_tensors(gate, up)
     gates, ups = as_rows(gate), as_rows(up)
-    k = gates.width
-    codes, scale, zero_point = row_outputs(gate, symmetric)
-    columns = None if columns is None else _split_columns(columns)
-    r = 0 if columns is None else columns.shape[0]
-    dtype = torch.promote_types(gate.dtype, up.dtype)
-    outliers = torch.empty((*gate.shape[:-1], r), dtype=dtype, device=gate.device)
-    if not empty(gates.count):
-        block, warps = row_block(k)
-        wrap_triton(_act_mul_quantize_kernel)[(gates.count,)](
-            gates.data, gates.stride, ups.data, ups.stride,
-            None if columns is None else removed_columns(k, columns), columns, codes, scale,
-            None if symmetric else zero_point, outliers if r else None,
-            K=k, R=r, ACT=_CODE[act], SYMMETRIC=symmetric, BLOCK=block,
-            BLOCK_R=triton.next_power_of_2(max(r, 1)), num_warps=warps,
+    m, k = gates.count, gates.width
+    bits = torch.zeros(k, dtype=torch.int32, device=gate.device)
+    if not empty(m):
+        blocks = triton.cdiv(k, SEARCH_COLUMNS)
+        group = search_rows(m, blocks, SEARCH_ROWS)
+        wrap_triton(_product_absmax_kernel)[((m + group - 1) // group, blocks)](
+            gates.data, gates.stride, ups.data, ups.stride, bits, m, k,
+            ACT=CODE[act], BLOCK_M=SEARCH_ROWS, BLOCK_K=SEARCH_COLUMNS, ROWS=group, num_warps=4,
         )  # fmt: skip
-    return codes, scale, zero_point, outliers
+    dtype = torch.promote_types(gate.dtype, up.dtype)
+    split = dynamic_split(bits, m, capacity, threshold, dtype)
+    assert split.columns is not None and split.overflow is not None
+    return (*_act_mul_quantize(gate, up, act, split, symmetric), split.columns, split.overflow.view(()))

@@ -32,6 +32,9 @@ from lowering.triton.launch import (
 )
 
 GROUP_M = 8
+# Up to so many rows a program gathers the outlier columns of its weight tile itself, from the L2 it has just filled.
+# With more, several programs would gather the same ones: they are gathered once, beforehand.
+GATHER_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -114,14 +117,22 @@ def load_tile(pointers, has_row, inside, EVEN_ROWS: tl.constexpr, EVEN_DEPTH: tl
 
 
 @triton.jit
-def add_outliers(y, outliers, outlier_weight, has_row, has_col, R: tl.constexpr, BLOCK_R: tl.constexpr):
-    """`y + outliers @ outlier_weightᵀ` in fp32, given pointers to rows of `R`; int8 weights are exact in any float."""
+def add_outliers(
+    y, outliers, right, columns, has_row, has_col, R: tl.constexpr, BLOCK_R: tl.constexpr
+):  # fmt: skip
+    """`y + outliers @ rightᵀ` in fp32, given pointers to rows; of `right` the first R columns, or those listed.
+
+    int8 weights are exact in any float.
+    """
     element = outliers.dtype.element_ty
-    kind = outlier_weight.dtype.element_ty
+    kind = right.dtype.element_ty
     for start in range(0, R, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
+        at = r
+        if columns is not None:
+            at = tl.load(columns + r, mask=r < R, other=0).to(tl.int32)
         o = tl.load(outliers + r[None, :], mask=has_row[:, None] & (r < R)[None, :], other=0.0)
-        w = tl.load(outlier_weight + r[None, :], mask=has_col[:, None] & (r < R)[None, :], other=0)
+        w = tl.load(right + at[None, :], mask=has_col[:, None] & (r < R)[None, :], other=0)
         if INTERPRETED or (kind != element and kind != tl.int8):
             y = tl.dot(o.to(tl.float32), w.to(tl.float32).T, y, input_precision="ieee")
         else:
@@ -140,7 +151,7 @@ def store_tile(out, y, first_m, first_n, rows, cols, has_row, has_col, N):
 def _linear_w8a8_kernel(
     codes, codes_stride, scale, scale_stride, zero_point, zero_point_stride,
     weight, weight_stride, weight_scale, weight_sum, bias,
-    outliers, outlier_stride, outlier_weight, outlier_weight_stride, out, M, N,
+    outliers, outlier_stride, outlier_weight, outlier_weight_stride, columns, out, M, N,
     K: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
     EVEN_N: tl.constexpr,
@@ -173,12 +184,12 @@ def _linear_w8a8_kernel(
         y *= channel
     else:
         o_pointers = outliers + first_m * outlier_stride + rows[:, None] * outlier_stride
-        ow_pointers = outlier_weight + first_n * outlier_weight_stride + cols[:, None] * outlier_weight_stride
+        right = outlier_weight + first_n * outlier_weight_stride + cols[:, None] * outlier_weight_stride
         if outlier_weight.dtype.element_ty == tl.int8:
             # Both parts share the channel's scale.
-            y = add_outliers(y, o_pointers, ow_pointers, has_row, has_col, R, BLOCK_R) * channel
+            y = add_outliers(y, o_pointers, right, columns, has_row, has_col, R, BLOCK_R) * channel
         else:
-            y = add_outliers(y * channel, o_pointers, ow_pointers, has_row, has_col, R, BLOCK_R)
+            y = add_outliers(y * channel, o_pointers, right, columns, has_row, has_col, R, BLOCK_R)
     if bias is not None:
         y += tl.load(bias + first_n + cols, mask=has_col, other=0.0).to(tl.float32)[None, :]
     store_tile(out, y, first_m, first_n, rows, cols, has_row, has_col, N)
@@ -309,8 +320,10 @@ def linear_w8a8_tiles(
         zeros, sums = per_row(zero_point, codes), weight_sum.contiguous()
     r, tiles, left = 0, W8A8_TILES, None
     if outliers is not None and outliers.shape[-1] > 0:
-        if columns is not None:
-            outlier_weight = weight.index_select(1, columns)
+        if columns is not None and expected_rows(m) > GATHER_ROWS:
+            outlier_weight, columns = weight.index_select(1, columns), None
+        elif columns is not None:
+            outlier_weight = weight
         assert outlier_weight is not None
         left, outlier_weight, r = as_rows(outliers), _weight_rows(outlier_weight), outliers.shape[-1]
         if torch.float32 in (outliers.dtype, outlier_weight.dtype):
@@ -320,11 +333,108 @@ def linear_w8a8_tiles(
         rows.data, rows.stride, scales, scales.stride(0), zeros, 0 if zeros is None else zeros.stride(0),
         weight, weight.stride(0), weight_scale.contiguous(), sums, None if bias is None else bias.contiguous(),
         None if left is None else left.data, 0 if left is None else left.stride,
-        outlier_weight if r else None, outlier_weight.stride(0) if r and outlier_weight is not None else 0, out, m, n,
+        outlier_weight if r else None, outlier_weight.stride(0) if r and outlier_weight is not None else 0,
+        columns if r else None, out, m, n,
         K=k, R=r, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_R=16 if r <= 16 else 32, GROUP=GROUP_M,
         EVEN_N=n % tile.n == 0, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
+
+
+@functools.cache
+def _hopper(device: torch.device) -> bool:
+    """True for a GPU that has `wgmma`, under a Triton that has the Gluon it takes."""
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    try:
+        import lowering.triton.hopper  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _fills_hopper(
+    codes: Tensor, weight: Tensor, outliers: Tensor | None, columns: Tensor | None, outlier_weight: Tensor | None,
+    dtype: torch.dtype, step: int,
+) -> bool | str:  # fmt: skip
+    """Whether the kernel of `lowering.triton.hopper` takes a product, and has the tiles to be the faster one.
+
+    Measured on one H100: from 1.9 tiles a multiprocessor on, or one if they are deep.
+    """
+    n, k = weight.shape
+    if not _hopper(codes.device):
+        return "needs a Hopper GPU and a Triton with Gluon for it"
+    if dtype not in (torch.bfloat16, torch.float16) or k % 16 or n % 16 or k > MAX_K or k == 0:
+        return "takes bf16 and fp16, and N and K in multiples of 16"
+    if outliers is not None:
+        r = outliers.shape[-1]
+        if outliers.dtype != dtype or r % 8 or not 0 < r <= 64:
+            return "takes up to 64 outlier columns of the output's dtype, in multiples of 8"
+        if columns is None and (outlier_weight is None or outlier_weight.dtype != dtype):
+            return "takes outlier weights of the output's dtype"
+    tiles = _count(expected_rows(math.prod(codes.shape[:-1])), 128) * _count(n, step)
+    enough = 128 if k >= 8192 and codes.numel() >= 1024 * k else 250
+    return tiles >= enough or f"{tiles} tiles are too few for persistent programs"
+
+
+def _takes_hopper(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor | None,
+    bias: Tensor | None,
+    outliers: Tensor | None,
+    outlier_weight: Tensor | None,
+    columns: Tensor | None,
+    dtype: torch.dtype,
+) -> bool | str:
+    return _fills_hopper(codes, weight, outliers, columns, outlier_weight, dtype, 256)
+
+
+def wgmma_product(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor | None,
+    bias: Tensor | None,
+    outliers: Tensor | None,
+    outlier_weight: Tensor | None,
+    columns: Tensor | None,
+    dtype: torch.dtype,
+    act: int = -1,
+) -> Tensor:
+    """The linear by asynchronous `wgmma`; with `act` the gated product of its halves."""
+    from lowering.triton.hopper import linear_wgmma
+
+    right = outlier_weight if columns is None else weight.index_select(1, columns).to(dtype)
+    return linear_wgmma(
+        codes, scale, zero_point, weight, weight_scale, weight_sum, bias, outliers,
+        None if outliers is None else right, columns is not None, dtype, act,
+    )  # fmt: skip
+
+
+@linear_w8a8.impl("triton", when=_takes_hopper)
+def linear_w8a8_wgmma(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor | None,
+    bias: Tensor | None,
+    outliers: Tensor | None,
+    outlier_weight: Tensor | None,
+    columns: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Many rows on Hopper: `lowering.triton.hopper`."""
+    return wgmma_product(
+        codes, scale, zero_point, weight, weight_scale, weight_sum, bias, outliers, outlier_weight, columns, dtype
+    )
 
 
 @linear_w8a16.impl("triton", when=lambda x, *rest: takes_rows(x))

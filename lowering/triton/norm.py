@@ -11,16 +11,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowering.ops.norm import add_norm_quantize, norm_quantize, rms_norm
-from lowering.triton.launch import as_rows, empty, rounded, row_block, takes_rows, traceable, wrap_triton
+from lowering.ops.norm import (
+    add_norm_quantize,
+    add_norm_quantize_dynamic,
+    norm_quantize,
+    norm_quantize_dynamic,
+    rms_norm,
+)
+from lowering.ops.norm import normalize as norm_of
+from lowering.triton.launch import MAX_BLOCK, as_rows, empty, rounded, row_block, takes_rows, traceable, wrap_triton
 from lowering.triton.quantize import (
-    _split_columns,
-    drop_columns,
+    PREPACKED_COLUMNS,
+    ROW_PROGRAMS,
+    Split,
+    bits_of,
+    dynamic_split,
     encode,
-    removed_columns,
+    first_slots,
+    inliers,
+    outlier_columns,
+    outlier_output,
+    raise_absmax,
     row_extent,
     row_outputs,
     row_scale,
+    scatter_outliers,
+    search_rows,
+    slots_at,
+    split_quantize_rows_dynamic,
+    static_split,
+    store_gathered,
 )
 
 
@@ -91,10 +111,10 @@ def _rms_norm_kernel(
 
 @triton.jit
 def _norm_quantize_kernel(
-    x, x_stride, residual, residual_stride, weight, bias, removed, columns,
+    x, x_stride, residual, residual_stride, weight, bias, slots, bits, columns, overflow, threshold,
     hidden, codes, scale, zero_point, outliers, eps, offset,
     K: tl.constexpr, R: tl.constexpr, LAYER: tl.constexpr, ROUND_FIRST: tl.constexpr, SYMMETRIC: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+    LOW: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x += row * x_stride
@@ -102,7 +122,14 @@ def _norm_quantize_kernel(
     if residual is not None:
         residual += row * residual_stride
         hidden += row * K
+    first = first_slots(bits, columns, overflow, threshold, K, R, LOW, THRESHOLD, BLOCK)
     mean, reciprocal = row_statistics(x, residual, hidden, eps, K, LAYER, BLOCK)
+    if slots is not None:  # early: loads that wait for one another
+        column, taken = outlier_columns(slots, K, R, THRESHOLD, BLOCK_R)
+        value = normalize(
+            x, residual, hidden, weight, bias, column, taken, mean, reciprocal, offset, LAYER, ROUND_FIRST
+        )  # fmt: skip
+        store_gathered(outliers + row * R, value, taken, R, BLOCK_R)
     high = 0
     low = 0
     for start in range(0, K, BLOCK):
@@ -111,7 +138,7 @@ def _norm_quantize_kernel(
             x, residual, hidden, weight, bias, cols, cols < K, mean, reciprocal, offset, LAYER, ROUND_FIRST
         )  # fmt: skip
         y = tl.where(cols < K, y, 0.0)
-        above, below = row_extent(drop_columns(y, removed, cols, cols < K), SYMMETRIC)
+        above, below = row_extent(inliers(y, slots_at(slots, first, cols, cols < K)), SYMMETRIC)
         high = tl.maximum(high, above)
         low = tl.maximum(low, below)
     s, inverse, zero = row_scale(high, low, SYMMETRIC)
@@ -120,27 +147,55 @@ def _norm_quantize_kernel(
         y = normalize(
             x, residual, hidden, weight, bias, cols, cols < K, mean, reciprocal, offset, LAYER, ROUND_FIRST
         )  # fmt: skip
-        y = drop_columns(y, removed, cols, cols < K)
+        slot = slots_at(slots, first, cols, cols < K)
         # Loads before stores: the compiler merges equal loads only when nothing is written in between.
         h = load_hidden(x, residual, hidden, cols, cols < K)
-        tl.store(codes + cols, encode(y, inverse, zero, SYMMETRIC), mask=cols < K)
+        tl.store(codes + cols, encode(inliers(y, slot), inverse, zero, SYMMETRIC), mask=cols < K)
         if residual is not None:
             tl.store(hidden + cols, rounded(h, hidden.dtype.element_ty), mask=cols < K)
+        if bits is not None:
+            scatter_outliers(outliers + row * R, y, slot)
     tl.store(scale + row, s)
     if not SYMMETRIC:
         tl.store(zero_point + row, zero)
-    if R > 0:
-        # Computed again for these few columns: cheaper than a trip of the row through shared memory.
-        r = tl.arange(0, BLOCK_R)
-        column = tl.load(columns + r, mask=r < R, other=0)
-        value = normalize(
-            x, residual, hidden, weight, bias, column, r < R, mean, reciprocal, offset, LAYER, ROUND_FIRST
+
+
+@triton.jit
+def _norm_absmax_kernel(
+    x, x_stride, residual, residual_stride, weight, bias, hidden, absmax, eps, offset, M,
+    K: tl.constexpr, LAYER: tl.constexpr, ROUND_FIRST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The residual sum of `ROWS` rows, stored, and the column absmax of their norm (as bits), joined across programs.
+
+    The norm itself is computed again by the kernel that quantizes it: storing it would cost as much as reading the
+    rows twice.
+    """
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    cols = tl.arange(0, BLOCK)
+    best = tl.zeros([BLOCK], dtype=tl.int32)
+    for i in range(0, tl.minimum(M - first, ROWS).to(tl.int32)):
+        row = first + i
+        at = x + row * x_stride
+        other = residual
+        if residual is not None:
+            other = residual + row * residual_stride
+        mean, reciprocal = row_statistics(at, other, hidden, eps, K, LAYER, BLOCK)
+        y = normalize(
+            at, other, hidden, weight, bias, cols, cols < K, mean, reciprocal, offset, LAYER, ROUND_FIRST
         )  # fmt: skip
-        tl.store(outliers + row * R + r, rounded(value, outliers.dtype.element_ty), mask=r < R)
+        best = tl.maximum(best, bits_of(tl.where(cols < K, y, 0.0)))
+        if residual is not None:
+            h = load_hidden(at, other, hidden, cols, cols < K)
+            tl.store(hidden + row * K + cols, rounded(h, hidden.dtype.element_ty), mask=cols < K)
+    raise_absmax(absmax + cols, best, cols < K)
 
 
 def _norm_dtype(x: torch.dtype, weight: Tensor | None, round_first: bool) -> torch.dtype:
     return torch.promote_types(x, weight.dtype) if round_first and weight is not None else x
+
+
+def _hidden_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
+    return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
 
 
 def _norm_quantize(
@@ -151,32 +206,62 @@ def _norm_quantize(
     eps: float,
     offset: float,
     mode: str,
-    columns: Tensor | None,
+    split: Split,
     symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    dtype = _hidden_dtype(x, residual)
     if residual is not None and residual.shape != x.shape:
         x, residual = torch.broadcast_tensors(x, residual)
     rows, added = as_rows(x), None if residual is None else as_rows(residual)
     k = rows.width
     hidden = x if residual is None else torch.empty(x.shape, dtype=dtype, device=x.device)
     codes, scale, zero_point = row_outputs(x, symmetric)
-    columns = None if columns is None else _split_columns(columns)
-    r = 0 if columns is None else columns.shape[0]
     round_first = mode == "rms_round_first"
-    outliers = torch.empty((*x.shape[:-1], r), dtype=_norm_dtype(dtype, weight, round_first), device=x.device)
+    outliers = outlier_output(x, split, _norm_dtype(dtype, weight, round_first))
     if not empty(rows.count):
         block, warps = row_block(k)
         wrap_triton(_norm_quantize_kernel)[(rows.count,)](
             rows.data, rows.stride, None if added is None else added.data, 0 if added is None else added.stride,
             None if weight is None else weight.contiguous(), None if bias is None else bias.contiguous(),
-            None if columns is None else removed_columns(k, columns), columns,
-            None if residual is None else hidden, codes, scale,
-            None if symmetric else zero_point, outliers if r else None, eps, offset,
-            K=k, R=r, LAYER=mode == "layer", ROUND_FIRST=round_first, SYMMETRIC=symmetric,
-            BLOCK=block, BLOCK_R=triton.next_power_of_2(max(r, 1)), num_warps=warps,
+            *split.arguments(), None if residual is None else hidden, codes, scale,
+            None if symmetric else zero_point, outliers if split.count else None, eps, offset,
+            K=k, LAYER=mode == "layer", ROUND_FIRST=round_first, SYMMETRIC=symmetric,
+            BLOCK=block, num_warps=warps, **split.constants(),
         )  # fmt: skip
     return hidden, codes, scale, zero_point, outliers
+
+
+def _norm_quantize_dynamic(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    offset: float,
+    mode: str,
+    capacity: int,
+    threshold: float,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Two passes over the rows with the choice of columns between them."""
+    dtype = _hidden_dtype(x, residual)
+    rows, added = as_rows(x), None if residual is None else as_rows(residual)
+    m, k, round_first = rows.count, rows.width, mode == "rms_round_first"
+    hidden = x if residual is None else torch.empty(x.shape, dtype=dtype, device=x.device)
+    bits = torch.zeros(k, dtype=torch.int32, device=x.device)
+    if not empty(m):
+        block, warps = row_block(k)
+        group = search_rows(m, 1, 1, ROW_PROGRAMS)
+        wrap_triton(_norm_absmax_kernel)[((m + group - 1) // group,)](
+            rows.data, rows.stride, None if added is None else added.data, 0 if added is None else added.stride,
+            None if weight is None else weight.contiguous(), None if bias is None else bias.contiguous(),
+            None if residual is None else hidden, bits, eps, offset, m,
+            K=k, LAYER=mode == "layer", ROUND_FIRST=round_first, ROWS=group, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
+    split = dynamic_split(bits, m, capacity, threshold, _norm_dtype(dtype, weight, round_first))
+    assert split.columns is not None and split.overflow is not None
+    rest = _norm_quantize(hidden, None, weight, bias, eps, offset, mode, split, symmetric)[1:]
+    return (hidden, *rest, split.columns, split.overflow.view(()))
 
 
 @rms_norm.impl("triton", when=lambda x, weight, *rest: takes_rows(x, weight))
@@ -195,7 +280,9 @@ def rms_norm_rows(x: Tensor, weight: Tensor | None, eps: float, offset: float, r
     return out
 
 
-@norm_quantize.impl("triton", when=lambda x, weight, bias, *rest: takes_rows(x, weight, bias))
+@norm_quantize.impl(
+    "triton", when=lambda x, weight, bias, *rest: takes_rows(x, weight, bias), prepack=PREPACKED_COLUMNS
+)
 @traceable
 def norm_quantize_rows(
     x: Tensor,
@@ -208,10 +295,15 @@ def norm_quantize_rows(
     symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Norm, quantization and outlier gather in one launch."""
-    return _norm_quantize(x, None, weight, bias, eps, offset, mode, columns, symmetric)[1:]
+    split = static_split(columns, x.shape[-1])
+    return _norm_quantize(x, None, weight, bias, eps, offset, mode, split, symmetric)[1:]
 
 
-@add_norm_quantize.impl("triton", when=lambda x, residual, weight, bias, *rest: takes_rows(x, residual, weight, bias))
+@add_norm_quantize.impl(
+    "triton",
+    when=lambda x, residual, weight, bias, *rest: takes_rows(x, residual, weight, bias),
+    prepack=PREPACKED_COLUMNS,
+)
 @traceable
 def add_norm_quantize_rows(
     x: Tensor,
@@ -225,4 +317,87 @@ def add_norm_quantize_rows(
     symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`norm_quantize_rows` that adds the residual first and writes the sum as well, still one launch."""
-    return _norm_quantize(x, residual, weight, bias, eps, offset, mode, columns, symmetric)
+    split = static_split(columns, x.shape[-1])
+    return _norm_quantize(x, residual, weight, bias, eps, offset, mode, split, symmetric)
+
+
+def _one_block(x: Tensor, *rest: Tensor | None) -> bool | str:
+    verdict = takes_rows(x, *rest)
+    if verdict is True and x.shape[-1] > MAX_BLOCK:
+        return f"takes rows of at most {MAX_BLOCK}"
+    return verdict
+
+
+def _takes_added(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: object) -> bool | str:
+    if x.shape != residual.shape:
+        return "takes a residual of the shape of x"
+    return _one_block(x, residual, weight, bias)
+
+
+@norm_quantize_dynamic.impl("triton", when=lambda x, weight, bias, *rest: takes_rows(x))
+def norm_then_split_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    offset: float,
+    mode: str,
+    capacity: int,
+    threshold: float,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the fused form refuses (very long rows): the norm is left to Inductor."""
+    return split_quantize_rows_dynamic(norm_of(x, weight, bias, eps, offset, mode), capacity, threshold, symmetric)
+
+
+@add_norm_quantize_dynamic.impl("triton", when=lambda x, *rest: takes_rows(x))
+def add_then_norm_quantize(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    offset: float,
+    mode: str,
+    capacity: int,
+    threshold: float,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the fused form refuses."""
+    h = torch.add(x, residual)
+    return (h, *norm_then_split_quantize(h, weight, bias, eps, offset, mode, capacity, threshold, symmetric))
+
+
+@norm_quantize_dynamic.impl("triton", when=lambda x, weight, bias, *rest: _one_block(x, weight, bias))
+@traceable
+def norm_quantize_rows_dynamic(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    offset: float,
+    mode: str,
+    capacity: int,
+    threshold: float,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Column absmax of the norm, choice of columns, norm and quantization: two or three launches."""
+    return _norm_quantize_dynamic(x, None, weight, bias, eps, offset, mode, capacity, threshold, symmetric)[1:]
+
+
+@add_norm_quantize_dynamic.impl("triton", when=_takes_added)
+@traceable
+def add_norm_quantize_rows_dynamic(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    offset: float,
+    mode: str,
+    capacity: int,
+    threshold: float,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`norm_quantize_rows_dynamic` whose first pass adds the residual and stores the sum."""
+    return _norm_quantize_dynamic(x, residual, weight, bias, eps, offset, mode, capacity, threshold, symmetric)

@@ -1,0 +1,330 @@
+"""W8A8 for many rows on Hopper (sm_90): persistent, asynchronous `wgmma`, written in Gluon.
+
+Triton itself waits for every int8 `wgmma` before it issues the next one. Here one step's products run while the next
+is issued, and a ring of shared-memory buffers is filled by TMA several steps ahead, across the border of two tiles: the
+loads of the next tile run under the epilogue of this one. A tile is 128 rows by two halves of 128 channels. The halves
+lie side by side; or, for the gate and up projections of a gated MLP, they are the same channels of both, and the
+epilogue multiplies them: their product is all that reaches memory.
+
+Outlier columns are one more step of the same ring: 64 columns of bf16 are as many bytes as 128 of int8.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from lowering.triton.launch import per_row
+
+# Renamed in Triton 3.7.
+_synchronize = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+BLOCK_M, HALF, BLOCK_K, GROUP = 128, 128, 128, 8
+# 4 stages of 48 KB and 32 KB to stage the result fill an H100's 227 KB.
+BUFFERS = 4
+OUTLIERS = BLOCK_K // 2  # 16-bit columns that one step holds
+WARPS = 8
+NO_ACTIVATION = -1
+_GL = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int8: gl.int8}
+
+
+@gluon.jit
+def _position(tile, tiles_m, tiles_n, GROUP: gl.constexpr):
+    """Groups of `GROUP` tile rows go through the columns together, for the L2."""
+    in_group = GROUP * tiles_n
+    first = (tile // in_group) * GROUP
+    size = gl.minimum(tiles_m - first, GROUP)
+    return first + (tile % in_group) % size, (tile % in_group) // size
+
+
+@gluon.jit
+def _issue(
+    step, steps, a, w, o, ow, a_ring, w0_ring, w1_ring, full, tiles_m, tiles_n,
+    K_STEPS: gl.constexpr, R: gl.constexpr, NEXT: gl.constexpr, SECOND: gl.constexpr, BUFFERS: gl.constexpr,
+    BLOCK_M: gl.constexpr, HALF: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """Start the loads of one step of this program, if there is such a step."""
+    per_tile: gl.constexpr = K_STEPS + (1 if R > 0 else 0)
+    tile_m, tile_n = _position(gl.program_id(0) + (step // per_tile) * gl.num_programs(0), tiles_m, tiles_n, GROUP)
+    m, n, k = tile_m * BLOCK_M, tile_n * NEXT, step % per_tile
+    slot = step % BUFFERS
+    bar = full.index(slot)
+    if R > 0:
+        inner = (step < steps) & (k < K_STEPS)
+        outer = (step < steps) & (k == K_STEPS)
+        kind: gl.constexpr = o.dtype
+        wide: gl.constexpr = o.layout
+        depth: gl.constexpr = o.block_type.shape[1]
+        mbarrier.expect(bar, (BLOCK_M + 2 * HALF) * depth * 2, pred=outer)
+        tma.async_copy_global_to_shared(
+            o, [m, 0], bar, a_ring.index(slot)._reinterpret(kind, [BLOCK_M, depth], wide), pred=outer
+        )
+        tma.async_copy_global_to_shared(
+            ow, [n, 0], bar, w0_ring.index(slot)._reinterpret(kind, [HALF, depth], wide), pred=outer
+        )
+        tma.async_copy_global_to_shared(
+            ow, [n + SECOND, 0], bar, w1_ring.index(slot)._reinterpret(kind, [HALF, depth], wide), pred=outer
+        )
+    else:
+        inner = step < steps
+    mbarrier.expect(bar, (BLOCK_M + 2 * HALF) * BLOCK_K, pred=inner)
+    tma.async_copy_global_to_shared(a, [m, k * BLOCK_K], bar, a_ring.index(slot), pred=inner)
+    tma.async_copy_global_to_shared(w, [n, k * BLOCK_K], bar, w0_ring.index(slot), pred=inner)
+    tma.async_copy_global_to_shared(w, [n + SECOND, k * BLOCK_K], bar, w1_ring.index(slot), pred=inner)
+
+
+@gluon.jit
+def _activation(x, ACT: gl.constexpr):
+    """The activations of `lowering.triton.act` by their codes there, on fp32."""
+    if ACT == 0:
+        y = x / (1.0 + gl.exp(-x))
+    elif ACT == 2:
+        y = x / (1.0 + gl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    elif ACT == 3:
+        y = gl.where(x < 0.0, 0.0, x)
+    else:
+        y = 1.0 / (1.0 + gl.exp(-x))
+    return y
+
+
+@gluon.jit
+def _per_channel(pointer, first, rows, HALF: gl.constexpr, LAYOUT: gl.constexpr):
+    """One value per channel of a half tile, `[1, HALF]`."""
+    n = first + gl.arange(0, HALF, layout=gl.SliceLayout(0, LAYOUT))
+    return gl.load(pointer + n, mask=n < rows, other=0)[None, :]
+
+
+@gluon.jit
+def _finished(
+    acc, token, zero, zero_point, weight_scale, weight_sum, bias, first, rows, o, ow,
+    R: gl.constexpr, CODES: gl.constexpr, HALF: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Everything between the int32 sums and the one rounding, for one half of a tile."""
+    acc = gl.convert_layout(acc, LAYOUT)
+    if zero_point is not None:
+        acc -= zero[:, None] * _per_channel(weight_sum, first, rows, HALF, LAYOUT)
+    channel = _per_channel(weight_scale, first, rows, HALF, LAYOUT)
+    y = acc.to(gl.float32) * token[:, None]
+    if R > 0:
+        if CODES:  # both parts share the channel's scale
+            y = warpgroup_mma(o, ow.permute((1, 0)), y) * channel
+        else:
+            y = warpgroup_mma(o, ow.permute((1, 0)), y * channel)
+    else:
+        y *= channel
+    if bias is not None:
+        y += _per_channel(bias, first, rows, HALF, LAYOUT).to(gl.float32)
+    return y
+
+
+@gluon.jit
+def _store(c, staging, y, m, n):
+    """Through shared memory, behind the previous store."""
+    tma.store_wait(0)
+    _synchronize()
+    staging.store(y)
+    fence_async_shared()
+    _synchronize()
+    tma.async_copy_shared_to_global(c, [m, n], staging)
+
+
+@gluon.jit
+def _linear_w8a8_wgmma(
+    a, w, o, ow, c, scale, scale_stride, zero_point, zero_point_stride, weight_scale, weight_sum, bias, M, N, rows,
+    K: gl.constexpr, R: gl.constexpr, CODES: gl.constexpr, ACT: gl.constexpr,
+    NEXT: gl.constexpr, SECOND: gl.constexpr, BUFFERS: gl.constexpr,
+    BLOCK_M: gl.constexpr, HALF: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """`N` columns of the result, `rows` of the weight. Tiles start `NEXT` columns apart, the halves `SECOND` rows."""
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, HALF, 32]
+    )
+    OUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, HALF, 16]
+    )
+    a_ring = gl.allocate_shared_memory(gl.int8, [BUFFERS, BLOCK_M, BLOCK_K], a.layout)
+    w0_ring = gl.allocate_shared_memory(gl.int8, [BUFFERS, HALF, BLOCK_K], w.layout)
+    w1_ring = gl.allocate_shared_memory(gl.int8, [BUFFERS, HALF, BLOCK_K], w.layout)
+    staging = gl.allocate_shared_memory(c.dtype, [BLOCK_M, HALF], c.layout)
+    full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(BUFFERS):
+        mbarrier.init(full.index(i), count=1)
+    tiles_m = gl.cdiv(M, BLOCK_M)
+    tiles_n = gl.cdiv(N, NEXT)
+    tiles = gl.cdiv(tiles_m * tiles_n - gl.program_id(0), gl.num_programs(0))
+    K_STEPS: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    steps = tiles * (K_STEPS + (1 if R > 0 else 0))
+    for i in gl.static_range(BUFFERS - 1):
+        _issue(
+            i, steps, a, w, o, ow, a_ring, w0_ring, w1_ring, full, tiles_m, tiles_n,
+            K_STEPS, R, NEXT, SECOND, BUFFERS, BLOCK_M, HALF, BLOCK_K, GROUP,
+        )  # fmt: skip
+    step = 0
+    for t in range(tiles):
+        tile_m, tile_n = _position(gl.program_id(0) + t * gl.num_programs(0), tiles_m, tiles_n, GROUP)
+        m, n = tile_m * BLOCK_M, tile_n * NEXT
+        at = m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, OUT))
+        token = gl.load(scale + at.to(gl.int64) * scale_stride, mask=at < M, other=0.0)
+        zero = at
+        if zero_point is not None:
+            zero = gl.load(zero_point + at.to(gl.int64) * zero_point_stride, mask=at < M, other=0)
+        left = gl.zeros([BLOCK_M, HALF], gl.int32, ACC)
+        right = gl.zeros([BLOCK_M, HALF], gl.int32, ACC)
+        for k in range(K_STEPS):
+            slot = step % BUFFERS
+            mbarrier.wait(full.index(slot), (step // BUFFERS) & 1)
+            left = warpgroup_mma(a_ring.index(slot), w0_ring.index(slot).permute((1, 0)), left, is_async=True)
+            right = warpgroup_mma(a_ring.index(slot), w1_ring.index(slot).permute((1, 0)), right, is_async=True)
+            # What still runs are the two products just issued: the buffer of the step before is free.
+            left, right = warpgroup_mma_wait(num_outstanding=2, deps=(left, right))
+            _synchronize()
+            _issue(
+                step + BUFFERS - 1, steps, a, w, o, ow, a_ring, w0_ring, w1_ring, full, tiles_m, tiles_n,
+                K_STEPS, R, NEXT, SECOND, BUFFERS, BLOCK_M, HALF, BLOCK_K, GROUP,
+            )  # fmt: skip
+            step += 1
+        left, right = warpgroup_mma_wait(num_outstanding=0, deps=(left, right))
+        last = step % BUFFERS
+        o_tile = a_ring.index(last)
+        ow0 = w0_ring.index(last)
+        ow1 = w1_ring.index(last)
+        if R > 0:
+            _synchronize()
+            _issue(
+                step + BUFFERS - 1, steps, a, w, o, ow, a_ring, w0_ring, w1_ring, full, tiles_m, tiles_n,
+                K_STEPS, R, NEXT, SECOND, BUFFERS, BLOCK_M, HALF, BLOCK_K, GROUP,
+            )  # fmt: skip
+            kind: gl.constexpr = o.dtype
+            wide: gl.constexpr = o.layout
+            depth: gl.constexpr = o.block_type.shape[1]
+            o_tile = o_tile._reinterpret(kind, [BLOCK_M, depth], wide)
+            ow0 = ow0._reinterpret(kind, [HALF, depth], wide)
+            ow1 = ow1._reinterpret(kind, [HALF, depth], wide)
+            mbarrier.wait(full.index(last), (step // BUFFERS) & 1)
+            step += 1
+        y = _finished(
+            left, token, zero, zero_point, weight_scale, weight_sum, bias, n, rows, o_tile, ow0, R, CODES, HALF, OUT
+        )  # fmt: skip
+        if ACT < 0:
+            _store(c, staging, y.to(c.dtype), m, n)
+            y = _finished(
+                right, token, zero, zero_point, weight_scale, weight_sum, bias, n + SECOND, rows, o_tile, ow1,
+                R, CODES, HALF, OUT,
+            )  # fmt: skip
+            _store(c, staging, y.to(c.dtype), m, n + SECOND)
+        else:
+            # Rounded after every step, as eager PyTorch does.
+            gate = _activation(y.to(c.dtype).to(gl.float32), ACT).to(c.dtype)
+            y = _finished(
+                right, token, zero, zero_point, weight_scale, weight_sum, bias, n + SECOND, rows, o_tile, ow1,
+                R, CODES, HALF, OUT,
+            )  # fmt: skip
+            _store(c, staging, (gate.to(gl.float32) * y.to(c.dtype).to(gl.float32)).to(c.dtype), m, n)
+    tma.store_wait(0)
+
+
+def layout(rows: int, width: int, dtype: torch.dtype) -> Any:
+    """Shared-memory layout of a tile of `rows` by `width` elements."""
+    return gl.NVMMASharedLayout.get_default_for([rows, width], _GL[dtype])
+
+
+def descriptor(tensor: Tensor, rows: int, width: int) -> Any:
+    """TMA descriptor of a matrix whose rows are contiguous."""
+    return TensorDescriptor.from_tensor(tensor, [rows, width], layout(rows, width, tensor.dtype))
+
+
+@torch.library.custom_op("int8pass_triton::linear_w8a8_wgmma", mutates_args=())
+def linear_wgmma(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor | None,
+    bias: Tensor | None,
+    outliers: Tensor | None,
+    outlier_weight: Tensor | None,
+    code_columns: bool,
+    dtype: torch.dtype,
+    act: int,
+) -> Tensor:
+    """The linear of `codes[..., K]`; with `act` (a code of `lowering.triton.act`) the gated product of its halves.
+
+    With `code_columns` the outlier weights are columns of the codes `weight`, as `dtype`, and take its scale. An op of
+    its own and no traced launch: neither Inductor nor AOTAutograd knows Gluon.
+    """
+    n = weight.shape[0] if act == NO_ACTIVATION else weight.shape[0] // 2
+    out = torch.empty((*codes.shape[:-1], n), dtype=dtype, device=codes.device)
+    if out.numel():
+        zeros = None if zero_point is None else per_row(zero_point, codes)
+        flat = None if outliers is None else _aligned(outliers.reshape(-1, outliers.shape[-1]))
+        _launch(
+            _aligned(codes.reshape(-1, codes.shape[-1])), per_row(scale, codes), zeros, _aligned(weight),
+            weight_scale.contiguous(), weight_sum, bias, flat,
+            None if outlier_weight is None else _aligned(outlier_weight), code_columns, out.view(-1, n), act,
+        )  # fmt: skip
+    return out
+
+
+@linear_wgmma.register_fake
+def _(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor | None,
+    bias: Tensor | None,
+    outliers: Tensor | None,
+    outlier_weight: Tensor | None,
+    code_columns: bool,
+    dtype: torch.dtype,
+    act: int,
+) -> Tensor:
+    n = weight.shape[0] if act == NO_ACTIVATION else weight.shape[0] // 2
+    return codes.new_empty((*codes.shape[:-1], n), dtype=dtype)
+
+
+def _aligned(matrix: Tensor) -> Tensor:
+    """Rows contiguous and 16-byte aligned, as TMA wants them."""
+    aligned = matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
+    return matrix if aligned and matrix.stride(1) == 1 else matrix.clone(memory_format=torch.contiguous_format)
+
+
+def _launch(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, weight: Tensor, weight_scale: Tensor,
+    weight_sum: Tensor | None, bias: Tensor | None, outliers: Tensor | None, outlier_weight: Tensor | None,
+    code_columns: bool, out: Tensor, act: int,
+) -> None:  # fmt: skip
+    """`codes[M, K]`, `scale[M]`, `zero_point[M]`, `weight[N, K]` → `out[M, N]`, or with `act` its gated `[M, N / 2]`."""
+    m, k = codes.shape
+    n = out.shape[1]
+    gated = act != NO_ACTIVATION
+    step, second = (HALF, n) if gated else (2 * HALF, HALF)
+    r = 0 if outliers is None else outliers.shape[1]
+    tiles = -(-m // BLOCK_M) * -(-n // step)
+    programs = min(tiles, torch.cuda.get_device_properties(codes.device).multi_processor_count)
+    a, w = descriptor(codes, BLOCK_M, BLOCK_K), descriptor(weight, HALF, BLOCK_K)
+    o = ow = None
+    if r:
+        assert outliers is not None and outlier_weight is not None
+        depth = OUTLIERS // 2 if r <= OUTLIERS // 2 else OUTLIERS
+        o, ow = descriptor(outliers, BLOCK_M, depth), descriptor(outlier_weight, HALF, depth)
+    _linear_w8a8_wgmma[(programs,)](
+        a, w, o, ow, descriptor(out, BLOCK_M, HALF), scale, scale.stride(0),
+        zero_point, 0 if zero_point is None else zero_point.stride(0), weight_scale, weight_sum, bias,
+        m, n, weight.shape[0], K=k, R=r, CODES=code_columns, ACT=act, NEXT=step, SECOND=second,
+        BUFFERS=BUFFERS, BLOCK_M=BLOCK_M, HALF=HALF, BLOCK_K=BLOCK_K, GROUP=GROUP, num_warps=WARPS,
+    )  # fmt: skip
