@@ -1,10 +1,11 @@
-"""On the CPU the reference is the implementation: Inductor fuses it with its neighbours into one loop."""
+"""Gate products on the CPU: Inductor's loop for the product, our kernel for the quantization."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from lowering.cpu.quantize import split_quantize_by_column_search
+from lowering.cpu import native
+from lowering.cpu.quantize import native_rows
 from lowering.ops.act import (
     ACTIVATIONS,
     act_mul_quantize,
@@ -12,16 +13,25 @@ from lowering.ops.act import (
     gated_linear_quantize,
     gated_linear_quantize_dynamic,
 )
+from lowering.ops.quantize import split_quantize_dynamic
 
-act_mul_quantize.impl("cpu")(act_mul_quantize.reference)
-# Never chosen by the pass, which fuses across the linear on GPUs only.
-for _op in (gated_linear_quantize, gated_linear_quantize_dynamic):
+# The gated linears are for GPUs: the pass does not fuse that far on the CPU.
+for _op in (act_mul_quantize, gated_linear_quantize, gated_linear_quantize_dynamic):
     _op.impl("cpu")(_op.reference)
 
 
+@act_mul_quantize.impl("cpu", when=lambda gate, *rest: native.takes(gate))
+def native_act_mul_quantize(
+    gate: Tensor, up: Tensor, act: str, columns: Tensor | None, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The product as in the reference, then one pass over each row."""
+    return native_rows(ACTIVATIONS[act](gate) * up, columns, symmetric)
+
+
 @act_mul_quantize_dynamic.impl("cpu")
-def act_mul_quantize_by_column_search(
+def act_mul_then_split_quantize(
     gate: Tensor, up: Tensor, act: str, capacity: int, threshold: float, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The product, then the search."""
-    return split_quantize_by_column_search(ACTIVATIONS[act](gate) * up, capacity, threshold, symmetric)
+    """The product, then the split of whichever kernel takes it."""
+    args = (ACTIVATIONS[act](gate) * up, capacity, threshold, symmetric)
+    return split_quantize_dynamic.choose("cpu", args).function(*args)  # type: ignore[no-any-return]

@@ -1,22 +1,52 @@
-"""On the CPU the references are the implementations: Inductor fuses them with their neighbours into one loop.
-
-With columns found per call, the search is an op of its own (`lowering.cpu.quantize`) behind the norm.
-"""
+"""Norms on the CPU: Inductor's loop for the norm and the residual add, our kernel for the quantization."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from lowering.cpu.quantize import split_quantize_by_column_search
+from lowering.cpu import native
+from lowering.cpu.quantize import native_rows
 from lowering.ops import norm
+from lowering.ops.quantize import split_quantize_dynamic
 
 for _op in (norm.rms_norm, norm.norm_quantize, norm.add_norm_quantize):
     _op.impl("cpu")(_op.reference)
 
 
+@norm.norm_quantize.impl("cpu", when=lambda x, *rest: native.takes(x))
+def native_norm_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    offset: float,
+    mode: str,
+    columns: Tensor | None,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The norm as in the reference, then one pass over each row."""
+    return native_rows(norm.normalize(x, weight, bias, eps, offset, mode), columns, symmetric)
+
+
+@norm.add_norm_quantize.impl("cpu", when=lambda x, *rest: native.takes(x))
+def native_add_norm_quantize(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    offset: float,
+    mode: str,
+    columns: Tensor | None,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The sum and the norm as in the reference, then one pass over each row."""
+    h = x + residual
+    return (h, *native_norm_quantize(h, weight, bias, eps, offset, mode, columns, symmetric))
+
+
 @norm.norm_quantize_dynamic.impl("cpu")
-def norm_quantize_by_column_search(
+def norm_then_split_quantize(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -27,13 +57,13 @@ def norm_quantize_by_column_search(
     threshold: float,
     symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The norm, then the search."""
-    y = norm.normalize(x, weight, bias, eps, offset, mode)
-    return split_quantize_by_column_search(y, capacity, threshold, symmetric)
+    """The norm, then the split of whichever kernel takes it."""
+    args = (norm.normalize(x, weight, bias, eps, offset, mode), capacity, threshold, symmetric)
+    return split_quantize_dynamic.choose("cpu", args).function(*args)  # type: ignore[no-any-return]
 
 
 @norm.add_norm_quantize_dynamic.impl("cpu")
-def add_norm_quantize_by_column_search(
+def add_norm_then_split_quantize(
     x: Tensor,
     residual: Tensor,
     weight: Tensor | None,
@@ -45,6 +75,6 @@ def add_norm_quantize_by_column_search(
     threshold: float,
     symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The sum, the norm, then the search."""
-    h = torch.add(x, residual)
-    return (h, *norm_quantize_by_column_search(h, weight, bias, eps, offset, mode, capacity, threshold, symmetric))
+    """The sum and the norm, then the split."""
+    h = x + residual
+    return (h, *norm_then_split_quantize(h, weight, bias, eps, offset, mode, capacity, threshold, symmetric))
