@@ -1,6 +1,6 @@
 """int8 through the public torch.compile on a GPU: every case correct first, then beside bf16 Inductor.
 
-    python -m benchmarks.gpu_end_to_end --out results.json [--layers 4] [--cases decode] [--schemes w8a8 bf16] [--profile]
+    python -m benchmarks.gpu_end_to_end --out results.json [--layers 4] [--cases decode] [--schemes w8a8] [--profile]
 
 Every (case, scheme) compiles in a process of its own, several at once; then they are checked and timed one after the
 other while the rest wait, so that all rows come from one run. Times are medians of CUDA-graph replays
@@ -27,7 +27,8 @@ class Child:
         self.case, self.scheme = case, scheme
         command = [sys.executable, "-m", "benchmarks.gpu_end_to_end", "--out", "-", "--layers", str(arguments.layers)]
         command += ["--child", case, scheme, *(["--profile"] if arguments.profile else [])]
-        self.errors = tempfile.TemporaryFile("w+")  # a pipe nobody reads would stop a child that has much to say
+        # A pipe that nobody reads would stop a child that has much to say.
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the child)
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
         )
@@ -99,7 +100,8 @@ def main() -> None:
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        return child(*arguments.child, arguments.layers, arguments.profile)
+        child(*arguments.child, arguments.layers, arguments.profile)
+        return
     import torch
     import triton
 

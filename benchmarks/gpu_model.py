@@ -134,7 +134,9 @@ def kernels(function: Callable[[Tensor], Tensor], x: Tensor) -> list[dict[str, A
     return rows
 
 
-def one_case(case: str, scheme: str, layers: int, device: str, wait: Callable[[], None], profile: bool) -> dict[str, Any]:
+def one_case(
+    case: str, scheme: str, layers: int, device: str, wait: Callable[[], None], profile: bool
+) -> dict[str, Any]:
     """Compile (before `wait`), then check, time and profile one case."""
     x = tokens(case, device)
     model = build(layers, device)

@@ -239,7 +239,9 @@ def fuse_gated_linear(node: fx.Node, edit: Edit) -> fx.Node | None:
     linear = gate.args[0] if op_name(gate) == "slice" else None  # type: ignore[union-attr]
     if op_name(linear) != "linear_w8a8" or op_name(up) != "slice" or up.args[0] is not linear:  # type: ignore[union-attr]
         return None
-    assert isinstance(gate, fx.Node) and isinstance(up, fx.Node) and isinstance(linear, fx.Node)
+    assert isinstance(gate, fx.Node)
+    assert isinstance(up, fx.Node)
+    assert isinstance(linear, fx.Node)
     value = linear.meta["val"]
     half = value.shape[-1] // 2
     halves = (gate.args[1:], up.args[1:]) == ((-1, 0, half), (-1, half, 2 * half))

@@ -42,7 +42,10 @@ SM90 = GPUTarget("cuda", 90, 32)
 META = torch.device("meta")
 BF16, F32, F16, I8, I32 = torch.bfloat16, torch.float32, torch.float16, torch.int8, torch.int32
 WRAPPERS = ("act", "linear", "norm", "quantize")
-POINTER = {F32: "*fp32", BF16: "*bf16", F16: "*fp16", I8: "*i8", torch.int16: "*i16", I32: "*i32", torch.int64: "*i64", torch.bool: "*i1"}
+POINTER = {
+    F32: "*fp32", BF16: "*bf16", F16: "*fp16", I8: "*i8", torch.int16: "*i16", I32: "*i32", torch.int64: "*i64",
+    torch.bool: "*i1",
+}  # fmt: skip
 OPTIONS = ("num_warps", "num_stages")
 
 
@@ -102,7 +105,11 @@ def compile_for_sm90(launch: Launch) -> Compiled:
         if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    built = triton.compile(source, target=SM90, options=dict(launch.options))
+    return resources(triton.compile(source, target=SM90, options=dict(launch.options)))
+
+
+def resources(built: Any) -> Compiled:
+    """What a compiled kernel uses, from its machine code."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(built.asm["cubin"])
@@ -249,11 +256,31 @@ def test_a_row_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_column_absmax(monkeypatch: pytest.MonkeyPatch) -> None:
     from lowering.triton import quantize
 
-    both = launches(monkeypatch, quantize.split_quantize_rows_dynamic, empty(64, 4096), 64, 6.0, True)
-    assert [launch.kernel.__name__ for launch in both] == ["_column_absmax_kernel", "_quantize_rows_kernel"]
-    code = compile_for_sm90(both[0])
+    few = launches(monkeypatch, quantize.split_quantize_rows_dynamic, empty(64, 4096), 64, 6.0, True)
+    assert [launch.kernel.__name__ for launch in few] == ["_column_absmax_kernel", "_quantize_rows_kernel"]
+    code = compile_for_sm90(few[0])
     assert code.stack == 0
     assert re.search(r"(red|atom)\.global\S*\.max\.s32", code.ptx)
+    assert compile_for_sm90(few[1]).stack == 0
+    many = launches(monkeypatch, quantize.split_quantize_rows_dynamic, empty(512, 4096), 64, 6.0, True)
+    assert [launch.kernel.__name__ for launch in many][1] == "_choose_columns_kernel"
+    assert compile_for_sm90(many[1]).stack == 0
+
+
+def test_dynamic_prologues(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two passes over the rows, the choice of columns between them; nothing spills."""
+    from lowering.triton import act, norm
+
+    x, wide = empty(512, 4096), empty(512, 14336)
+    for operator, args, first in [
+        (norm.add_norm_quantize_rows_dynamic, (x, x, empty(4096), None, 1e-5, 0.0, "rms", 64, 0.0, False), "norm"),
+        (act.act_mul_quantize_rows_dynamic, (wide, wide, "silu", 64, 6.0, True), "product"),
+    ]:
+        passes = launches(monkeypatch, operator, *args)
+        assert [launch.kernel.__name__ for launch in passes][0] == f"_{first}_absmax_kernel"
+        assert len(passes) == 3
+        for launch in (passes[0], passes[2]):
+            assert compile_for_sm90(launch).stack == 0, f"{launch.kernel.__name__} spills"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,7 +345,9 @@ def test_traces_with_symbolic_rows(op: Op) -> None:
         assert not kernels
         return
     assert kernels
-    results = {"absmax", "out", "hidden", "codes", "scale", "zero_point", "outliers"}
+    results = {
+        "absmax", "out", "hidden", "codes", "scale", "zero_point", "outliers", "slots", "columns", "overflow",
+    }  # fmt: skip
     for node in kernels:
         assert isinstance(node.kwargs["grid"][0][0], torch.fx.Node), "the grid was specialized"
         written = set(node.kwargs["tensors_to_clone"])

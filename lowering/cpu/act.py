@@ -34,4 +34,4 @@ def act_mul_then_split_quantize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The product, then the split of whichever kernel takes it."""
     args = (ACTIVATIONS[act](gate) * up, capacity, threshold, symmetric)
-    return split_quantize_dynamic.choose("cpu", args).function(*args)  # type: ignore[no-any-return]
+    return split_quantize_dynamic.choose("cpu", args).function(*args)

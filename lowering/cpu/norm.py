@@ -59,7 +59,7 @@ def norm_then_split_quantize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The norm, then the split of whichever kernel takes it."""
     args = (norm.normalize(x, weight, bias, eps, offset, mode), capacity, threshold, symmetric)
-    return split_quantize_dynamic.choose("cpu", args).function(*args)  # type: ignore[no-any-return]
+    return split_quantize_dynamic.choose("cpu", args).function(*args)
 
 
 @norm.add_norm_quantize_dynamic.impl("cpu")

@@ -55,7 +55,7 @@ def act_mul_quantize_dynamic(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`split_quantize_dynamic(act(gate) * up)` → codes, scale, zero point, outliers, columns, overflow."""
     product = ACTIVATIONS[act](gate) * up
-    return split_quantize_dynamic.reference(product, capacity, threshold, symmetric)  # type: ignore[no-any-return]
+    return split_quantize_dynamic.reference(product, capacity, threshold, symmetric)
 
 
 def _gated_linear_samples(device: torch.device) -> Iterator[Sample]:
@@ -89,7 +89,7 @@ def gated_linear_quantize(
         codes, scale, zero_point, weight, weight_scale, weight_sum, bias, outliers, outlier_weight, columns, dtype
     )
     gate, up = both.chunk(2, -1)
-    return act_mul_quantize.reference(gate, up, act, split_columns, symmetric)  # type: ignore[no-any-return]
+    return act_mul_quantize.reference(gate, up, act, split_columns, symmetric)
 
 
 def _gated_linear_dynamic_samples(device: torch.device) -> Iterator[Sample]:
@@ -122,4 +122,4 @@ def gated_linear_quantize_dynamic(
         codes, scale, zero_point, weight, weight_scale, weight_sum, bias, outliers, outlier_weight, columns, dtype
     )
     gate, up = both.chunk(2, -1)
-    return act_mul_quantize_dynamic.reference(gate, up, act, capacity, threshold, symmetric)  # type: ignore[no-any-return]
+    return act_mul_quantize_dynamic.reference(gate, up, act, capacity, threshold, symmetric)

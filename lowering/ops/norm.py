@@ -133,7 +133,7 @@ def norm_quantize_dynamic(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """A norm of `x[..., K]`, then `split_quantize_dynamic` → codes, scale, zero point, outliers, columns, overflow."""
     y = normalize(x, weight, bias, eps, offset, mode)
-    return split_quantize_dynamic.reference(y, capacity, threshold, symmetric)  # type: ignore[no-any-return]
+    return split_quantize_dynamic.reference(y, capacity, threshold, symmetric)
 
 
 def _add_norm_quantize_dynamic_samples(device: torch.device) -> Iterator[Sample]:
@@ -156,7 +156,7 @@ def add_norm_quantize_dynamic(
     threshold: float,
     symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`h = x + residual`, then `norm_quantize_dynamic(h)` → h, codes, scale, zero point, outliers, columns, overflow."""
+    """`h = x + residual`, then `norm_quantize_dynamic(h)` → h and its six results."""
     h = x + residual
     rest = norm_quantize_dynamic.reference(h, weight, bias, eps, offset, mode, capacity, threshold, symmetric)
     return (h, *rest)

@@ -175,5 +175,6 @@ def act_mul_quantize_rows_dynamic(
         )  # fmt: skip
     dtype = torch.promote_types(gate.dtype, up.dtype)
     split = dynamic_split(bits, m, capacity, threshold, dtype)
-    assert split.columns is not None and split.overflow is not None
+    assert split.columns is not None
+    assert split.overflow is not None
     return (*_act_mul_quantize(gate, up, act, split, symmetric), split.columns, split.overflow.view(()))

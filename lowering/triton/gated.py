@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowering.ops.act import gated_linear_quantize, gated_linear_quantize_dynamic
 from lowering.ops.linear import linear_w8a8
+from lowering.registry import Prepack
 from lowering.triton.act import CODE, act_mul_quantize_rows, act_mul_quantize_rows_dynamic
 from lowering.triton.linear import _fills_hopper, _fits_w8a8, wgmma_product
 from lowering.triton.quantize import (
@@ -19,7 +20,6 @@ from lowering.triton.quantize import (
     split_quantize_rows,
     split_quantize_rows_dynamic,
 )
-from lowering.registry import Prepack
 
 # Activations that the epilogue knows: it has no error function.
 IN_EPILOGUE = ("silu", "gelu_tanh", "relu", "sigmoid")
@@ -37,7 +37,8 @@ def _takes(codes: Tensor, *rest: object) -> bool | str:
 
 def _in_epilogue(codes: Tensor, *rest: object) -> bool | str:
     weight, outliers, outlier_weight, columns, dtype, act = rest[2], rest[6], rest[7], rest[8], rest[9], rest[10]
-    assert isinstance(weight, Tensor) and isinstance(dtype, torch.dtype)
+    assert isinstance(weight, Tensor)
+    assert isinstance(dtype, torch.dtype)
     if act not in IN_EPILOGUE:
         return f"takes {', '.join(IN_EPILOGUE)}"
     if weight.shape[0] % 32:
@@ -67,7 +68,7 @@ def gated_linear_then_rows(
         codes, scale, zero_point, weight, weight_scale, weight_sum, bias, outliers, outlier_weight, columns, dtype
     )  # fmt: skip
     gate, up = linear_w8a8.choose("triton", linear).function(*linear).chunk(2, -1)
-    return act_mul_quantize_rows(gate, up, act, split_columns, symmetric)  # type: ignore[no-any-return]
+    return act_mul_quantize_rows(gate, up, act, split_columns, symmetric)
 
 
 @gated_linear_quantize_dynamic.impl("triton", when=_takes)
@@ -93,7 +94,7 @@ def gated_linear_then_rows_dynamic(
         codes, scale, zero_point, weight, weight_scale, weight_sum, bias, outliers, outlier_weight, columns, dtype
     )  # fmt: skip
     gate, up = linear_w8a8.choose("triton", linear).function(*linear).chunk(2, -1)
-    return act_mul_quantize_rows_dynamic(gate, up, act, capacity, threshold, symmetric)  # type: ignore[no-any-return]
+    return act_mul_quantize_rows_dynamic(gate, up, act, capacity, threshold, symmetric)
 
 
 @gated_linear_quantize.impl("triton", when=_in_epilogue, prepack=PREPACKED)
@@ -120,7 +121,7 @@ def gated_linear_wgmma(
     product = wgmma_product(*linear, CODE[act])
     if split_columns is None:
         return (*quantize_rows(product, symmetric), product.new_empty((*product.shape[:-1], 0)))
-    return split_quantize_rows(product, split_columns, symmetric)  # type: ignore[no-any-return]
+    return split_quantize_rows(product, split_columns, symmetric)
 
 
 @gated_linear_quantize_dynamic.impl("triton", when=_in_epilogue)
@@ -146,6 +147,4 @@ def gated_linear_wgmma_dynamic(
         codes, scale, zero_point, weight, weight_scale, weight_sum, bias, outliers, outlier_weight, columns, dtype
     )  # fmt: skip
     product = wgmma_product(*linear, CODE[act])
-    return split_quantize_rows_dynamic(product, capacity, threshold, symmetric)  # type: ignore[no-any-return]
-
-
+    return split_quantize_rows_dynamic(product, capacity, threshold, symmetric)

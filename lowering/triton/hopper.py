@@ -182,7 +182,7 @@ def _linear_w8a8_wgmma(
             zero = gl.load(zero_point + at.to(gl.int64) * zero_point_stride, mask=at < M, other=0)
         left = gl.zeros([BLOCK_M, HALF], gl.int32, ACC)
         right = gl.zeros([BLOCK_M, HALF], gl.int32, ACC)
-        for k in range(K_STEPS):
+        for _ in range(K_STEPS):
             slot = step % BUFFERS
             mbarrier.wait(full.index(slot), (step // BUFFERS) & 1)
             left = warpgroup_mma(a_ring.index(slot), w0_ring.index(slot).permute((1, 0)), left, is_async=True)
@@ -308,7 +308,7 @@ def _launch(
     weight_sum: Tensor | None, bias: Tensor | None, outliers: Tensor | None, outlier_weight: Tensor | None,
     code_columns: bool, out: Tensor, act: int,
 ) -> None:  # fmt: skip
-    """`codes[M, K]`, `scale[M]`, `zero_point[M]`, `weight[N, K]` → `out[M, N]`, or with `act` its gated `[M, N / 2]`."""
+    """`codes[M, K]`, `scale[M]`, `zero_point[M]`, `weight[N, K]` → `out[M, N]`, or the gated `[M, N / 2]`."""
     m, k = codes.shape
     n = out.shape[1]
     gated = act != NO_ACTIVATION
@@ -319,7 +319,8 @@ def _launch(
     a, w = descriptor(codes, BLOCK_M, BLOCK_K), descriptor(weight, HALF, BLOCK_K)
     o = ow = None
     if r:
-        assert outliers is not None and outlier_weight is not None
+        assert outliers is not None
+        assert outlier_weight is not None
         depth = OUTLIERS // 2 if r <= OUTLIERS // 2 else OUTLIERS
         o, ow = descriptor(outliers, BLOCK_M, depth), descriptor(outlier_weight, HALF, depth)
     _linear_w8a8_wgmma[(programs,)](

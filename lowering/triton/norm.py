@@ -173,7 +173,7 @@ def _norm_absmax_kernel(
     first = tl.program_id(0).to(tl.int64) * ROWS
     cols = tl.arange(0, BLOCK)
     best = tl.zeros([BLOCK], dtype=tl.int32)
-    for i in range(0, tl.minimum(M - first, ROWS).to(tl.int32)):
+    for i in range(tl.minimum(M - first, ROWS).to(tl.int32)):
         row = first + i
         at = x + row * x_stride
         other = residual
@@ -259,7 +259,8 @@ def _norm_quantize_dynamic(
             K=k, LAYER=mode == "layer", ROUND_FIRST=round_first, ROWS=group, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     split = dynamic_split(bits, m, capacity, threshold, _norm_dtype(dtype, weight, round_first))
-    assert split.columns is not None and split.overflow is not None
+    assert split.columns is not None
+    assert split.overflow is not None
     rest = _norm_quantize(hidden, None, weight, bias, eps, offset, mode, split, symmetric)[1:]
     return (hidden, *rest, split.columns, split.overflow.view(()))
 

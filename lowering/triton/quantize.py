@@ -38,8 +38,8 @@ from lowering.triton.launch import (
     as_rows,
     empty,
     expected_rows,
-    row_block,
     rounded,
+    row_block,
     takes_rows,
     traceable,
     wrap_triton,
@@ -420,7 +420,8 @@ def split_quantize_rows_dynamic(
             BLOCK_M=SEARCH_ROWS, BLOCK_K=SEARCH_COLUMNS, ROWS=group, num_warps=4,
         )  # fmt: skip
     split = dynamic_split(bits, m, capacity, threshold, x.dtype)
-    assert split.columns is not None and split.overflow is not None
+    assert split.columns is not None
+    assert split.overflow is not None
     return (*_quantize(x, rows, split, symmetric), split.columns, split.overflow.view(()))
 
 

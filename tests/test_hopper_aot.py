@@ -1,0 +1,77 @@
+"""The Gluon kernel without a GPU: compiled ahead of time for an H100, in every form that is launched."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="the kernel needs Triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("Gluon cannot be interpreted", allow_module_level=True)
+hopper = pytest.importorskip("lowering.triton.hopper", reason="the kernel needs Gluon for Hopper")
+
+from test_triton_aot import SM90, Compiled, resources  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
+
+from lowering.triton.act import CODE  # noqa: E402
+
+BF16, I8 = torch.bfloat16, torch.int8
+
+
+def tile(kind: str, rows: int, width: int, dtype: torch.dtype) -> str:
+    """Signature of a TMA descriptor."""
+    return f"tensordesc<{kind}[{rows}, {width}],{hopper.layout(rows, width, dtype)!r}>"
+
+
+def compiled(k: int, r: int, code_columns: bool, affine: bool, act: int) -> Compiled:
+    """What `hopper.launch` would compile for these forms, bf16 out."""
+    side, half, depth = hopper.BLOCK_M, hopper.HALF, hopper.BLOCK_K
+    wide = 32 if r <= 32 else 64
+    signature: dict[str, str] = {
+        "a": tile("i8", side, depth, I8), "w": tile("i8", half, depth, I8), "c": tile("bf16", side, half, BF16),
+        "scale": "*fp32", "scale_stride": "i32", "zero_point_stride": "i32", "weight_scale": "*fp32",
+        "M": "i32", "N": "i32", "rows": "i32",
+    }  # fmt: skip
+    if r:
+        signature |= {"o": tile("bf16", side, wide, BF16), "ow": tile("bf16", half, wide, BF16)}
+    if affine:
+        signature |= {"zero_point": "*i32", "weight_sum": "*i32", "bias": "*bf16"}
+    gated = act >= 0
+    constants: dict[str, Any] = {
+        "K": k, "R": r, "CODES": code_columns, "ACT": act, "NEXT": half if gated else 2 * half,
+        "SECOND": 14336 if gated else half, "BUFFERS": hopper.BUFFERS, "BLOCK_M": side, "HALF": half,
+        "BLOCK_K": depth, "GROUP": hopper.GROUP,
+    }  # fmt: skip
+    kernel = hopper._linear_w8a8_wgmma
+    names = [p.name for p in kernel.params]
+    full = {name: signature.get(name, "constexpr") for name in names}
+    values = {(i,): constants.get(name) for i, name in enumerate(names) if full[name] == "constexpr"}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if full[name].startswith("*")}
+    source = GluonASTSource(kernel, full, values, aligned)
+    return resources(triton.compile(source, target=SM90, options={"num_warps": hopper.WARPS}))
+
+
+@pytest.mark.parametrize(
+    ("k", "r", "code_columns", "affine", "act"),
+    [
+        (4096, 0, False, False, hopper.NO_ACTIVATION),
+        (4096, 0, False, True, hopper.NO_ACTIVATION),
+        (4096, 32, False, True, hopper.NO_ACTIVATION),
+        (14336, 64, True, True, hopper.NO_ACTIVATION),
+        (528, 24, False, False, hopper.NO_ACTIVATION),
+        *((4096, 0, False, False, CODE[name]) for name in ("silu", "gelu_tanh", "relu", "sigmoid")),
+        (4096, 32, False, True, CODE["silu"]),
+        (4096, 64, True, True, CODE["silu"]),
+    ],
+)
+def test_asynchronous_wgmma_without_spills(k: int, r: int, code_columns: bool, affine: bool, act: int) -> None:
+    code = compiled(k, r, code_columns, affine, act)
+    assert code.stack == 0, "spills"
+    assert code.shared <= 227 * 1024
+    assert "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8" in code.ptx
+    # Two products stay under way while the next step is prepared; Triton's own int8 loop waits for all.
+    assert "2" in re.findall(r"wgmma\.wait_group\.sync\.aligned (\d)", code.ptx)
+    assert ("bf16.bf16" in code.ptx) == (r > 0)
