@@ -263,7 +263,7 @@ def test_column_absmax(monkeypatch: pytest.MonkeyPatch) -> None:
     assert re.search(r"(red|atom)\.global\S*\.max\.s32", code.ptx)
     assert compile_for_sm90(few[1]).stack == 0
     many = launches(monkeypatch, quantize.split_quantize_rows_dynamic, empty(512, 4096), 64, 6.0, True)
-    assert [launch.kernel.__name__ for launch in many][1] == "_choose_columns_kernel"
+    assert many[1].kernel.__name__ == "_choose_columns_kernel"
     assert compile_for_sm90(many[1]).stack == 0
 
 
@@ -277,7 +277,7 @@ def test_dynamic_prologues(monkeypatch: pytest.MonkeyPatch) -> None:
         (act.act_mul_quantize_rows_dynamic, (wide, wide, "silu", 64, 6.0, True), "product"),
     ]:
         passes = launches(monkeypatch, operator, *args)
-        assert [launch.kernel.__name__ for launch in passes][0] == f"_{first}_absmax_kernel"
+        assert passes[0].kernel.__name__ == f"_{first}_absmax_kernel"
         assert len(passes) == 3
         for launch in (passes[0], passes[2]):
             assert compile_for_sm90(launch).stack == 0, f"{launch.kernel.__name__} spills"
@@ -349,7 +349,8 @@ def test_traces_with_symbolic_rows(op: Op) -> None:
         "absmax", "out", "hidden", "codes", "scale", "zero_point", "outliers", "slots", "columns", "overflow",
     }  # fmt: skip
     for node in kernels:
-        assert isinstance(node.kwargs["grid"][0][0], torch.fx.Node), "the grid was specialized"
+        one_program = "slots" in node.kwargs["tensors_to_clone"]  # the choice of columns, whatever the rows
+        assert one_program or isinstance(node.kwargs["grid"][0][0], torch.fx.Node), "the grid was specialized"
         written = set(node.kwargs["tensors_to_clone"])
         inputs = {name for name, value in node.kwargs["kwargs"].items() if isinstance(value, torch.fx.Node)}
         assert written <= results & inputs
