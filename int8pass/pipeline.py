@@ -59,7 +59,7 @@ def to_portable(program: Program, recipe: Recipe, watch: Watch = lambda stage, p
     facts.matches = match(program, recipe)
     facts.smoothing = smooth(program, facts.matches.sites, recipe)
     watch("smoothed", program)
-    facts.quantized, facts.overflows = quantize(program, facts.matches, recipe, facts.smoothing.vectors)
+    facts.quantized, facts.overflows = quantize(program, facts.matches, recipe)
     dialect.check(program, "portable")
     watch("portable", program)
     return facts

@@ -54,10 +54,17 @@ class Constant:
 
 
 class Fixed:
-    """A tensor the model wrote into its code (`torch.tensor(0.5)`), hashable by identity to be an option."""
+    """A tensor that is no parameter (the model wrote it into its code, or a recipe holds it), hashable by identity to
+    be an option."""
 
     def __init__(self, value: Tensor) -> None:
         self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Fixed) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
 
 
 def fixed_value(fixed: Fixed) -> Tensor:

@@ -8,6 +8,6 @@ except ImportError as error:
         "pip install triton). Only compiling for a GPU needs it."
     ) from error
 
-from lowering.triton import act, linear, norm, quantize
+from lowering.triton import act, linear, linear_groups, norm, per_tensor, quantize
 
-__all__ = ["act", "linear", "norm", "quantize"]
+__all__ = ["act", "linear", "linear_groups", "norm", "per_tensor", "quantize"]
