@@ -1,6 +1,7 @@
 """Folds: where the division by a smoothing vector goes, so that smoothing costs nothing at run time.
 
     norm(γ, β)      → every reader     γ / s, β / s (of a (1 + w) norm: (1 + w) / s)
+    x · constant    → every reader     constant / s: norms in a spelling of their own
     linear          → attention, values only, grouped-query heads included → every reader: rows of W, b / s
     linear          → the product with a gate                              → every reader: rows of W, b / s
     linear          → ReLU                                                 → every reader: rows of W, b / s
@@ -20,9 +21,9 @@ import torch
 from torch import Tensor, fx
 
 from int8pass.capture import Program
-from int8pass.graph.channels import ChannelMap, carries_scale, trace_channels
+from int8pass.graph.channels import ChannelMap, carries_scale, gamma_of, trace_channels
 from int8pass.graph.constants import Constant
-from int8pass.graph.pattern import op_name
+from int8pass.graph.pattern import CASTS, op_name
 from int8pass.graph.rewrite import Edit
 from int8pass.match import Site
 
@@ -209,18 +210,16 @@ class Folds:
         return constants.derive(label, take, (s,), (found.channels,))[0]
 
 
-def gamma_of(norm: fx.Node) -> fx.Node | None:
-    """The weight argument of a norm."""
-    index = 1 if op_name(norm) == "rms_norm" else 2
-    return norm.args[index] if len(norm.args) > index else None  # type: ignore[return-value]
-
-
 def _divide_norm(edit: Edit, norm: fx.Node, s: Constant) -> None:
     """Replace γ (and β) of a norm by γ / s (β / s)."""
     gamma = edit.constant(gamma_of(norm))
     assert gamma is not None
     is_rms = op_name(norm) == "rms_norm"
     offset = float(norm.args[3]) if is_rms else 0.0  # type: ignore[arg-type]
+    if op_name(norm) == "mul":
+        (folded,) = edit.derive(f"{gamma.label}.smoothed", divide, [gamma, s], before=norm)
+        _replace_through_casts(norm, gamma_of(norm), folded)
+        return
     if offset:
         (folded,) = edit.derive(f"{gamma.label}.smoothed", shifted_gamma, [gamma, s], offset, before=norm)
         norm.args = (norm.args[0], folded, norm.args[2], 0.0, False)
@@ -233,6 +232,15 @@ def _divide_norm(edit: Edit, norm: fx.Node, s: Constant) -> None:
         assert beta is not None
         (arguments[3],) = edit.derive(f"{beta.label}.smoothed", divide, [beta, s], before=norm)
     norm.args = tuple(arguments)
+
+
+def _replace_through_casts(node: fx.Node, old: fx.Node | None, new: fx.Node) -> None:
+    """Let `node` read `new` where it reads `old`, directly or through casts of its own."""
+    for argument in node.all_input_nodes:
+        if argument is old:
+            node.replace_input_with(old, new)
+        elif op_name(argument) in CASTS and len(argument.users) == 1:
+            _replace_through_casts(argument, old, new)
 
 
 def _divide_linear(edit: Edit, producer: fx.Node, s: Constant, quantized: bool) -> None:

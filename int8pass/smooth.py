@@ -18,7 +18,8 @@ from torch import Tensor
 
 from int8pass.capture import Program
 from int8pass.errors import RecipeError
-from int8pass.folds import Fold, Folds, gamma_of
+from int8pass.folds import Fold, Folds
+from int8pass.graph.channels import gamma_of
 from int8pass.graph.constants import Constant
 from int8pass.graph.pattern import op_name
 from int8pass.match import Site

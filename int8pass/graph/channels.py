@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from int8pass.graph.pattern import op_name
+from int8pass.graph.pattern import CASTS, op_name
 
-PRODUCERS = {"linear", "rms_norm", "layer_norm"}
+_PRODUCERS = {"linear", "rms_norm", "layer_norm"}
 _VIEWS = {
     "view", "reshape", "_unsafe_view", "transpose", "permute", "t", "numpy_T", "unsqueeze", "squeeze", "slice",
-    "select", "expand", "alias", "contiguous", "clone", "flatten", "unflatten", "chunk", "split", "split_with_sizes",
+    "select", "expand", "broadcast_to", "alias", "contiguous", "clone", "flatten", "unflatten", "chunk", "split", "split_with_sizes",
     "unbind", "repeat", "repeat_interleave", "roll", "movedim", "detach", "getitem",
 }  # fmt: skip
 _SAME = {"to", "_to_copy", "type_as", "relu", "neg"}
@@ -56,6 +56,23 @@ def trace_channels(source: fx.Node, readers: frozenset[fx.Node]) -> ChannelMap |
     return reason
 
 
+def gamma_of(node: fx.Node) -> fx.Node | None:
+    """The vector that a norm, or a product with a constant, multiplies the channels of its result by."""
+    name, arguments = op_name(node), node.args
+    if name == "rms_norm":
+        return arguments[1]  # type: ignore[return-value]
+    if name == "layer_norm":
+        return arguments[2] if len(arguments) > 2 else None  # type: ignore[return-value]
+    if name == "mul":
+        width = node.meta["val"].shape[-1:]
+        for argument in arguments:
+            while op_name(argument) in CASTS and len(argument.users) == 1:  # type: ignore[union-attr]
+                argument = argument.args[0]  # type: ignore[union-attr]
+            if isinstance(argument, fx.Node) and argument.op == "get_attr" and argument.meta["val"].shape == width:
+                return argument
+    return None
+
+
 def _producers(source: fx.Node) -> tuple[list[fx.Node], str]:
     """Linears that may make `source`, walking back through what carries a scale; and the op that ended a walk."""
     todo, found, reason, seen = [source], [], "no norm or linear makes its input", set()
@@ -65,7 +82,7 @@ def _producers(source: fx.Node) -> tuple[list[fx.Node], str]:
         if node in seen:
             continue
         seen.add(node)
-        if name in PRODUCERS:
+        if name in _PRODUCERS or gamma_of(node) is not None:
             found.append(node)
         elif name in _VIEWS | _SAME or (name in {"mul", "div"} and not isinstance(node.args[1], fx.Node)):
             todo.append(node.args[0])  # type: ignore[arg-type]
@@ -268,6 +285,9 @@ def _run(found: ChannelMap, source: fx.Node, values: dict[fx.Node, Any]) -> Tens
         if values.get(source) is not None:
             break
         name = op_name(node)
+        if not name:  # an element of a split
+            values[node] = values[node.args[0]][node.args[1]]  # type: ignore[index]
+            continue
         arguments = fx.node.map_arg(node.args, values.__getitem__)
         arguments = tuple(_concrete(a) if not isinstance(a, Tensor) else a for a in arguments)
         keywords = {k: _concrete(v) for k, v in fx.node.map_arg(node.kwargs, values.__getitem__).items()
