@@ -49,6 +49,15 @@ class Program:
     def graph(self) -> fx.Graph:
         return self.gm.graph
 
+    def copy(self) -> Program:
+        """The same program with a graph of its own: stages may change one and not the other."""
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self.graph, {}))
+        output, old = (next(n for n in reversed(g.nodes) if n.op == "output") for g in (graph, self.graph))
+        output.meta.update(old.meta)
+        gm = fx.GraphModule(self.gm, graph)
+        return Program(gm, self.constants.copy(gm), self.fake_mode, list(self.placeholders), self.origins)
+
 
 def from_dynamo(gm: fx.GraphModule, inputs: Sequence[Any]) -> Program:
     """Retrace what Dynamo handed to the backend.

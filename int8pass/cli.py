@@ -12,6 +12,7 @@ import shutil
 import sys
 import sysconfig
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import nn
 
 import int8pass
 from int8pass import hub, measure
-from int8pass.errors import Int8PassError, OptionError, UnsupportedError
+from int8pass.errors import CalibrationWarning, Int8PassError, OptionError, UnsupportedError
 
 try:
     import typer
@@ -153,18 +154,55 @@ def calibrate(
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
     recipe: RecipeOption = "outlier-columns",
-    windows: Annotated[int, typer.Option(min=1, max=100, help="Windows of 512 tokens to run through MODEL.")] = 8,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="UTF-8 text like what MODEL will read (default: Python's help).")
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to run through MODEL.")] = 8,
+    columns: Annotated[int | None, typer.Option(min=1, help="Float columns per site.")] = None,
+    cost: Annotated[float | None, typer.Option(min=1.0, help="Budget: multiple of plain int8's cost.")] = None,
+    error: Annotated[float | None, typer.Option(min=0.0, help="Budget: mean relative error of the sites.")] = None,
 ) -> None:
     """Run text through MODEL, and write a recipe for `int8pass run MODEL --recipe FILE` and for torch.compile."""
     with _reported():
-        _recipe(recipe)  # a wrong name is said before anything is loaded
+        chosen = _recipe(recipe)  # a wrong name is said before anything is loaded
         device_ = _device(device)
         _require_folder("--output", output)
-        with Steps() as progress:
+        content = _text(text)
+        with Steps() as progress, _warnings_printed():
             loaded, tokenizer = _load(model, dtype, device_, progress)
-            made = calibrated(loaded, hub.windows(tokenizer, measure.LENGTH), windows, recipe, progress)
+            if content is None:
+                batches = _batches(hub.windows(tokenizer, measure.LENGTH), windows, CALIBRATION_START)
+            else:
+                batches = _batches(hub.windows(tokenizer, measure.LENGTH, content), windows, 0)
+            made = int8pass.calibrate(
+                loaded,
+                [{"input_ids": ids.to(device_)} for ids in batches],
+                chosen,
+                columns=columns,
+                cost=cost,
+                error=error,
+                progress=progress,
+            )
         made.save(output)
-        Console().print(f"wrote {output}", markup=False, highlight=False, soft_wrap=True)
+        errors = [site.error for site in made.sites.values() if site.error is not None]
+        Console().print(
+            f"wrote {output}: {len(made.sites)} sites, mean relative error {sum(errors) / max(1, len(errors)):.2e}",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(help="A recipe file.")],
+    second: Annotated[Path, typer.Argument(help="Another.")],
+) -> None:
+    """Print what differs between two recipes, one line each; exit 1 where something does."""
+    with _reported():
+        lines = int8pass.Recipe.load(first).diff(int8pass.Recipe.load(second))
+    for line in lines or ["no difference"]:
+        Console().print(line, markup=False, highlight=False, soft_wrap=True)
+    if lines:
+        raise typer.Exit(1)
 
 
 def table(comparison: measure.Comparison) -> Table:
@@ -229,17 +267,37 @@ def calibrated(
     model: nn.Module, text: torch.Tensor, count: int, recipe: str, progress: measure.Progress
 ) -> int8pass.Recipe:
     """A recipe from `count` windows of `text`, taken far from those that perplexity is measured on."""
-    first = max(0, min(CALIBRATION_START, len(text) - count))
     device = next(model.parameters()).device
-    progress("calibrate", 0, count)
-    made = int8pass.calibrate(
-        model,
-        [{"input_ids": window[None].to(device)} for window in text[first : first + count]],
-        recipe,
-        progress=lambda done: progress("calibrate", done, count),
-    )
-    progress("calibrate", count, count)
-    return made
+    batches = [{"input_ids": ids.to(device)} for ids in _batches(text, count, CALIBRATION_START)]
+    return int8pass.calibrate(model, batches, recipe, progress=progress)
+
+
+def _batches(windows: torch.Tensor, count: int, start: int) -> list[torch.Tensor]:
+    """`count` windows from `start` on, or the last ones there are, as batches of one."""
+    if not len(windows):
+        raise OptionError(f"--text: fewer than {measure.LENGTH} tokens; calibration needs at least one window of them.")
+    first = max(0, min(start, len(windows) - count))
+    return [window[None] for window in windows[first : first + count]]
+
+
+def _text(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as failure:
+        raise OptionError(f"--text {path}: cannot be read as UTF-8 text: {failure}") from failure
+
+
+@contextmanager
+def _warnings_printed() -> Iterator[None]:
+    """What calibration warns of, as one line on stderr each."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CalibrationWarning)
+        yield
+    for warning in caught:
+        if issubclass(warning.category, CalibrationWarning):
+            Console(stderr=True).print(f"int8pass: {warning.message}", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

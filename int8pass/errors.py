@@ -50,3 +50,7 @@ class UnsupportedError(Int8PassError):
 
 class StageError(Int8PassError):
     """A stage broke its contract; please report it with the printed graph."""
+
+
+class CalibrationWarning(UserWarning):
+    """Calibration went on, and part of the model did not get what it asked for."""

@@ -134,7 +134,7 @@ class Folds:
         for node, _ in found.followers:
             weight = self._program.constants.get(node.args[1])
             if node in self._quantized or weight is None or weight in self._shared:
-                return f"{found.producer.name}, which makes it, is also read by {node.name}"
+                return "what makes it is also read by a linear of another site, or one that cannot be rescaled"
             if node.meta["val"].dtype != torch.float32:
                 return f"{weight.label}, which reads it too, stays in {node.meta['val'].dtype} and would be rounded"
         return ""
@@ -156,11 +156,11 @@ class Folds:
         producer, constants = found.producer, self._program.constants
         weight = constants.get(producer.args[1])
         if weight is None:
-            return f"{producer.name}, which makes it, has no constant weight"
+            return "the linear that makes it has no constant weight"
         if weight in self._shared:
             return f"{weight.label}, which makes it, is shared with another linear"
         if len(producer.args) > 2 and producer.args[2] is not None and constants.get(producer.args[2]) is None:
-            return f"{producer.name}, which makes it, has no constant bias"
+            return "the linear that makes it has no constant bias"
         if producer not in self._quantized and producer.meta["val"].dtype != torch.float32:
             return f"{weight.label}, which makes it, stays in {producer.meta['val'].dtype} and would be rounded"
         return ""

@@ -28,7 +28,8 @@ def normalize(program: Program) -> RewriteLog:
         return None if node in frozen or (node.args and node.args[0] in frozen) else drop_noop(node, edit)
 
     drop.__name__ = drop_noop.__name__
-    rules: tuple[Rule, ...] = (drop, addmm_to_linear, matmul_to_linear, add_bias, raise_rms_norm, aten_rms_norm, fold_shift)
+    norms: tuple[Rule, ...] = (raise_rms_norm, aten_rms_norm, fold_shift)
+    rules: tuple[Rule, ...] = (drop, addmm_to_linear, matmul_to_linear, add_bias, *norms)
     return apply_rules(program, rules)
 
 

@@ -230,9 +230,7 @@ def _codes(plan: _Plan, x: fx.Node, before: fx.Node) -> tuple[fx.Node, ...]:
     return tuple(edit.element(quantized, i) for i in range(3))
 
 
-def _reader(
-    plan: _Plan, reader: Reader, inliers: fx.Node, outliers: fx.Node | None, chosen: fx.Node | None
-) -> None:
+def _reader(plan: _Plan, reader: Reader, inliers: fx.Node, outliers: fx.Node | None, chosen: fx.Node | None) -> None:
     """`linear(x, W, b)` ⇒ `linear(x̂, Ŵ, b) + linear(outliers, W_outliers)`"""
     edit, node = plan.edit, reader.node
     weight = plan.weight(reader)

@@ -10,23 +10,16 @@ Recipe
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import pickle
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args, get_type_hints
 
-import torch
 from torch import Tensor
 
-from int8pass.errors import OptionError, RecipeError
-
-FORMAT = 2  # of the JSON file; raised when a reader of this version could misread a file
+from int8pass.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -62,12 +55,12 @@ class Scheme:
     alpha: float | None = 0.5
     """(c) α of s = X^α / W^(1-α) (SmoothQuant, arXiv 2211.10438, equation 4). None: searched per site, by the output
     error on batches that did not set the ranges."""
-    statistic: Literal["absmax", "percentile", "rms"] = "rms"
-    """(c) What X is: the absmax of a channel over tokens, as published; its 99.9th percentile; or its root mean square,
-    which one massive token cannot move far."""
+    statistic: Literal["absmax", "percentile", "rms", "mean"] = "rms"
+    """(c) What X is: the absmax of a channel over tokens, as published; its 99.9th percentile; its root mean square,
+    which one massive token cannot move far; or its mean magnitude, with that of W (AWQ, arXiv 2306.00978)."""
     clipping: Literal["minmax", "moving_average", "percentile", "mse", "entropy"] = "minmax"
-    """(c) How a static range is found: extremes; their moving average over batches; the 99.99th percentile of |x|; least
-    squared error; or least KL divergence."""
+    """(c) How a static range is found: extremes; their moving average over batches; the 99.99th percentile of |x|; the
+    least squared error; or the least KL divergence."""
     rounding: Literal["nearest", "gptq"] = "nearest"
     """(c) Weights to the nearest code, or column by column with the error fed forward (GPTQ, arXiv 2210.17323)."""
     one_row: Literal["same", "weight_only"] = "weight_only"
@@ -189,7 +182,7 @@ class Recipe:
     sites: Mapping[str, SiteSettings] = field(default_factory=lambda: MappingProxyType({}))
     versions: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}), compare=False)
     tensors: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}), compare=False, repr=False)
-    """Codes rounded by calibration, int8 [N, K] by linear: too large for JSON, `save` writes them to a file beside it."""
+    """Codes rounded by calibration, int8 [N, K] by linear: too large for JSON, `save` writes them beside it."""
 
     @staticmethod
     def preset(name: str) -> Recipe:
@@ -235,44 +228,22 @@ class Recipe:
 
     def diff(self, other: Recipe) -> list[str]:
         """What differs from `other`, one line each, for people; empty when the two give the same graphs."""
-        lines = _differences("", dataclasses.asdict(self.scheme), dataclasses.asdict(other.scheme))
-        if self.quantize_head != other.quantize_head:
-            lines.append(f"quantize_head: {self.quantize_head} → {other.quantize_head}")
-        for name in sorted({*self.sites, *other.sites}):
-            mine, theirs = self.sites.get(name), other.sites.get(name)
-            if mine is None or theirs is None:
-                lines.append(f"{name}: only in the {'second' if mine is None else 'first'}")
-            elif mine != theirs:
-                lines += _site_differences(name, mine, theirs)
-        return lines
+        from int8pass import recipe_file
+
+        return recipe_file.differences(self, other)
 
     def to_json(self) -> str:
-        """Readable JSON, a vector a line; defaults are written too, so that a file keeps its meaning when they change."""
-        head = {
-            "int8pass_recipe": FORMAT,
-            "versions": dict(self.versions),
-            "quantize_head": self.quantize_head,
-            "scheme": dataclasses.asdict(self.scheme),
-            "tensors": sorted(self.tensors),
-        }
-        lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
-        sites = []
-        for name, settings in self.sites.items():
-            fields = dataclasses.asdict(settings)
-            rows = [f"   {json.dumps(key)}: {json.dumps(value)}" for key, value in fields.items()]
-            sites.append(f"  {json.dumps(name)}: {{\n" + ",\n".join(rows) + "\n  }")
-        lines.append(' "sites": {\n' + ",\n".join(sites) + "\n }")
-        return "{\n" + ",\n".join(lines) + "\n}"
+        """Readable JSON, a vector a line; defaults are written too: a file keeps its meaning when they change."""
+        from int8pass import recipe_file
+
+        return recipe_file.to_json(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON to `path` (and rounded codes, if there are, to `path` + ".pt"); a failure leaves no half-written
         file."""
-        target = Path(path)
-        if self.tensors:
-            with _written_whole(_beside(target)) as part:
-                torch.save(dict(self.tensors), part)
-        with _written_whole(target) as part:
-            part.write_text(self.to_json() + "\n")
+        from int8pass import recipe_file
+
+        recipe_file.save(self, Path(path))
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Recipe:
@@ -281,103 +252,16 @@ class Recipe:
         Raises:
             RecipeError: the file is missing, truncated, no recipe, or of a newer format, or its codes are not there.
         """
-        try:
-            content = json.loads(Path(path).read_text())
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"cannot read recipe {path}: {error}") from error
-        except json.JSONDecodeError as error:
-            raise RecipeError(f"{path} is not valid JSON (truncated?): {error}") from error
-        try:
-            recipe = Recipe.from_dict(content)
-        except RecipeError as error:
-            raise RecipeError(f"{path}: {error}") from error
-        if not content.get("tensors"):
-            return recipe
-        beside = _beside(Path(path))
-        try:
-            tensors = torch.load(beside, weights_only=True)
-        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            raise RecipeError(f"cannot read {beside}, which holds the rounded codes of {path}: {error}") from error
-        if sorted(tensors) != content["tensors"]:
-            raise RecipeError(f"{beside} does not hold the codes of {path}: it belongs to another recipe")
-        return dataclasses.replace(recipe, tensors=MappingProxyType(tensors))
+        from int8pass import recipe_file
+
+        return recipe_file.load(Path(path))
 
     @staticmethod
     def from_dict(content: Any) -> Recipe:
         """The recipe that `to_json` wrote."""
-        if not isinstance(content, dict) or "int8pass_recipe" not in content:
-            raise RecipeError("not an int8pass recipe (no 'int8pass_recipe' key)")
-        if content["int8pass_recipe"] not in range(1, FORMAT + 1):
-            raise RecipeError(f"format {content['int8pass_recipe']!r}; this version of int8pass reads {FORMAT}")
-        try:
-            sites = {name: _site_from_dict(settings) for name, settings in content["sites"].items()}
-            return Recipe(
-                Scheme(**content["scheme"]),
-                bool(content["quantize_head"]),
-                MappingProxyType(sites),
-                MappingProxyType(dict(content["versions"])),
-            )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise RecipeError(f"malformed recipe: {error}") from error
+        from int8pass import recipe_file
 
-
-def _site_from_dict(content: Mapping[str, Any]) -> SiteSettings:
-    scheme = Scheme(**content["scheme"]) if content["scheme"] is not None else None
-    limits, alpha, error = (content.get(key) for key in ("limits", "alpha", "error"))  # not in format 1
-    if limits is not None:
-        low, high = limits
-        limits = (float(low), float(high))
-    return SiteSettings(
-        scheme,
-        bool(content["keep"]),
-        tuple(int(c) for c in content["columns"]),
-        tuple(float(e) for e in content["exponents"]),
-        limits,
-        None if alpha is None else float(alpha),
-        None if error is None else float(error),
-        int(content.get("tokens", 0)),
-    )
-
-
-def _differences(prefix: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    return [f"{prefix}{key}: {first[key]} → {second[key]}" for key in first if first[key] != second[key]]
-
-
-def _site_differences(name: str, first: SiteSettings, second: SiteSettings) -> list[str]:
-    """Changes of one site; vectors in a few words."""
-    a, b = dataclasses.asdict(first), dataclasses.asdict(second)
-    schemes = [None if s is None else s for s in (a.pop("scheme"), b.pop("scheme"))]
-    lines = [f"{name}: scheme only in the {'second' if schemes[0] is None else 'first'}"] if None in schemes else []
-    if None not in schemes:
-        lines += _differences(f"{name}: ", *schemes)
-    elif schemes == [None, None]:
-        lines = []
-    gone, new = set(first.columns) - set(second.columns), set(second.columns) - set(first.columns)
-    if gone or new:
-        lines.append(f"{name}: columns: {len(gone)} removed, {len(new)} added, {len(second.columns)} now")
-    if first.exponents != second.exponents:
-        steps = [abs(x - y) for x, y in zip(first.exponents, second.exponents)]
-        what = f"up to 2^{max(steps)} apart" if len(first.exponents) == len(second.exponents) else "of other length"
-        lines.append(f"{name}: smoothing vectors: {what}")
-    rest = [key for key in a if key not in {"columns", "exponents"}]
-    return lines + _differences(f"{name}: ", {k: a[k] for k in rest}, {k: b[k] for k in rest})
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(path.name + ".pt")
-
-
-@contextmanager
-def _written_whole(target: Path) -> Iterator[Path]:
-    """A path to write to that becomes `target` if all goes well, and goes if not."""
-    file = tempfile.NamedTemporaryFile(dir=target.parent, delete=False, prefix=target.name, suffix=".part")  # noqa: SIM115
-    file.close()
-    part = Path(file.name)
-    try:
-        yield part
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
+        return recipe_file.from_dict(content)
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def quantize_to_range(x: Tensor, low: Tensor, high: Tensor, symmetric: bool) -> 
 
 
 def quantize_weight_per_tensor(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`weight[N, K]` → int8 codes `[N, K]` and fp32 scales `[N]`, all equal: one scale in the layout of `quantize_weight`."""
+    """`weight[N, K]` → int8 codes `[N, K]` and fp32 scales `[N]`, all equal: the layout of `quantize_weight`."""
     weight = weight.detach().float()
     codes, scale, _ = quantize_to_range(weight, weight.amin(), weight.amax(), symmetric=True)
     return codes.contiguous(), scale.reshape(1).repeat(weight.shape[0])

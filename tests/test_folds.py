@@ -10,10 +10,9 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, build, main_output
 from harness import call, compile_and_call, executable, relative_error
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from int8pass.capture import from_dynamo
-from int8pass.folds import Folds
 from int8pass.graph.constants import Store
 from int8pass.match import match
 from int8pass.normalize import normalize

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 import int8pass
 from int8pass.errors import Int8PassError, OptionError, RecipeError
-from int8pass.recipe import FORMAT, PRESETS, Options, Recipe, Scheme, SiteSettings
+from int8pass.recipe import CALIBRATED, PRESETS, Options, Recipe, Scheme, SiteSettings
+from int8pass.recipe_file import FORMAT
 
 positive = st.floats(min_value=1e-3, max_value=1e3, allow_nan=False)
 schemes = st.builds(
@@ -71,8 +72,10 @@ def test_files(tmp_path: Path) -> None:
 
 def test_presets() -> None:
     assert int8pass.presets() == (
-        "default", "w8a8", "w8a8-asymmetric", "w8a16", "llm.int8", "outlier-columns",
+        "default", "w8a8", "w8a8-asymmetric", "w8a16", "llm.int8", "zeroquant", "smoothquant-o1", "smoothquant-o2",
+        "smoothquant-o3", "outlier-columns", "auto",
     )  # fmt: skip
+    assert CALIBRATED == ("smoothquant-o1", "smoothquant-o2", "smoothquant-o3", "outlier-columns", "auto")
     assert len(set(PRESETS.values())) == len(PRESETS)
     assert Recipe() == Recipe.preset("default") == Options.parse(None, None).recipe == Options.parse({}, None).recipe
     for name, scheme in PRESETS.items():

@@ -23,8 +23,8 @@ PORTABLE_OPS = {
     "outlier_split", "outlier_split_dynamic",
 }  # fmt: skip
 FUSED_OPS = {
-    "linear_w8a8", "linear_w8a8_groups", "linear_w8a16", "split_quantize", "split_quantize_dynamic", "norm_quantize", "add_norm_quantize",
-    "act_mul_quantize",
+    "linear_w8a8", "linear_w8a8_groups", "linear_w8a16", "split_quantize", "split_quantize_dynamic", "norm_quantize",
+    "add_norm_quantize", "act_mul_quantize",
 }  # fmt: skip
 
 

@@ -57,7 +57,9 @@ def _per_tensor_samples(device: torch.device) -> Iterator[Sample]:
         yield Sample(f"{sample.label}-dynamic", (x, None, symmetric))
         narrow = torch.tensor([-0.75, 1.5], device=device)  # some values lie outside
         yield Sample(f"{sample.label}-static", (x, narrow, symmetric))
-    yield Sample("positive-static", (random_tensor(5, 96, device=device).abs(), torch.tensor([0.5, 3.0]).to(device), False))
+    yield Sample(
+        "positive-static", (random_tensor(5, 96, device=device).abs(), torch.tensor([0.5, 3.0]).to(device), False)
+    )
     yield Sample("no_rows", (random_tensor(0, 32, device=device), None, False))
 
 
@@ -117,7 +119,7 @@ def _weight_group_samples(device: torch.device) -> Iterator[Sample]:
 
 @op(samples=_weight_group_samples, tolerance=Tolerance(rtol=1e-6))
 def dequantize_weight_groups(codes: Tensor, scale: Tensor, group: int, dtype: torch.dtype) -> Tensor:
-    """`codes[N, K] · scale[N, k // group]` as `dtype`: group-wise weights (ZeroQuant, arXiv 2206.01861, section 4.1)."""
+    """`codes[N, K] · scale[N, k // group]` as `dtype`: group-wise weights (ZeroQuant, arXiv 2206.01861)."""
     spread = scale.repeat_interleave(group, 1)[:, : codes.shape[1]]
     return (codes.float() * spread).to(dtype)
 

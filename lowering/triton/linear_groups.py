@@ -38,7 +38,7 @@ def _linear_w8a8_groups_kernel(
     zero = tl.zeros([BLOCK_M], dtype=tl.int32)
     if zero_point is not None:
         zero = tl.load(zero_point + first_m * zero_point_stride + rows * zero_point_stride, mask=has_row, other=0)
-    for index in range(0, GROUPS):
+    for index in range(GROUPS):
         inside = (depth < SIZE) & (depth < K - index * SIZE)
         a = tl.load(a_pointers, mask=has_row[:, None] & inside[None, :], other=0)
         w = tl.load(w_pointers, mask=has_col[:, None] & inside[None, :], other=0)
