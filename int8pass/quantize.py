@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from int8pass.capture import Program
 from int8pass.errors import RecipeError
@@ -43,6 +44,8 @@ def pack_weight(weight: Tensor, columns: tuple[int, ...], group: int | None) -> 
 def pack_rounded(weight: Tensor, columns: tuple[int, ...], group: int | None, codes: Fixed) -> tuple[Tensor, Tensor]:
     """`pack_weight` with codes `[N, K]` that calibration rounded (GPTQ), to the same scales."""
     own, scale = pack_weight(weight, columns, group)
+    if isinstance(own, FakeTensor):  # only shapes are asked for
+        return own, scale
     given = fixed_value(codes)
     if given.shape != own.shape:
         raise RecipeError(f"rounded codes of shape {tuple(given.shape)} for a weight of shape {tuple(own.shape)}")

@@ -58,9 +58,10 @@ class Scheme:
     statistic: Literal["absmax", "percentile", "rms", "mean"] = "rms"
     """(c) What X is: the absmax of a channel over tokens, as published; its 99.9th percentile; its root mean square,
     which one massive token cannot move far; or its mean magnitude, with that of W (AWQ, arXiv 2306.00978)."""
-    clipping: Literal["minmax", "moving_average", "percentile", "mse", "entropy"] = "minmax"
+    clipping: Literal["minmax", "moving_average", "percentile", "mse", "entropy", "output"] = "minmax"
     """(c) How a static range is found: extremes; their moving average over batches; the 99.99th percentile of |x|; the
-    least squared error; or the least KL divergence."""
+    least squared error; the least KL divergence; or the fraction of the extremes that leaves least error in the site's
+    output."""
     rounding: Literal["nearest", "gptq"] = "nearest"
     """(c) Weights to the nearest code, or column by column with the error fed forward (GPTQ, arXiv 2210.17323)."""
     one_row: Literal["same", "weight_only"] = "weight_only"
@@ -143,7 +144,9 @@ class SiteSettings:
 
 _DEFAULT = Scheme()
 _PLAIN = Scheme(symmetric=True, outliers="none", smoothing="none", one_row="same")
-_SMOOTHQUANT = Scheme(symmetric=True, outliers="none", smoothing="calibrated", alpha=None)
+_SMOOTHQUANT = Scheme(outliers="none", smoothing="calibrated", alpha=None)
+# A range for all tokens must hold the largest of them; one per token need not care.
+_PER_TENSOR = dataclasses.replace(_SMOOTHQUANT, statistic="absmax")
 
 PRESETS: Mapping[str, Scheme] = MappingProxyType(
     {
@@ -154,8 +157,8 @@ PRESETS: Mapping[str, Scheme] = MappingProxyType(
         "llm.int8": dataclasses.replace(_PLAIN, outliers="threshold", capacity=64),
         "zeroquant": dataclasses.replace(_PLAIN, weights="group"),
         "smoothquant-o1": _SMOOTHQUANT,
-        "smoothquant-o2": dataclasses.replace(_SMOOTHQUANT, activations="per_tensor"),
-        "smoothquant-o3": dataclasses.replace(_SMOOTHQUANT, activations="static"),
+        "smoothquant-o2": dataclasses.replace(_PER_TENSOR, activations="per_tensor"),
+        "smoothquant-o3": dataclasses.replace(_PER_TENSOR, activations="static", clipping="output"),
         "outlier-columns": Scheme(outliers="static", smoothing="calibrated", capacity=64),
         "auto": Scheme(outliers="static", smoothing="calibrated", alpha=None),
     }

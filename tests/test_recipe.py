@@ -146,7 +146,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 BAD_SCHEMES: dict[str, tuple[dict[str, Any], str]] = {
-    "activations": ({"activations": "int4"}, "activations must be one of 'per_token', 'none', got 'int4'"),
+    "activations": ({"activations": "int4"}, "activations must be one of 'per_token', 'per_tensor', 'static', 'none', got 'int4'"),
     "symmetric": ({"symmetric": 1}, "symmetric must be bool, got 1"),
     "threshold": ({"threshold": -1.0}, "threshold and smoothing_threshold must be positive"),
     "threshold type": ({"threshold": "6"}, "threshold must be float or int, got '6'"),

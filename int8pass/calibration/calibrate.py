@@ -25,6 +25,7 @@ from int8pass.recipe import PRESETS, Options, Recipe, Scheme, SiteSettings
 from lowering import numerics
 
 HISTOGRAMS = {"percentile", "mse", "entropy"}
+AUTO_COST = 1.1
 
 
 def _silent(title: str, done: int, total: int) -> None:
@@ -69,47 +70,78 @@ def calibrate(
         CalibrationWarning: sites that no token reached; they keep the data-free default.
     """
     start = Options.parse({"recipe": recipe}, None).recipe
-    if start.scheme == PRESETS["auto"] and cost is None and error is None:
-        cost = 1.1
-    data = list(batches)
-    if not data:
-        raise CalibrationError("no calibration batch was given")
-    ranging, held = _split(data, start, cost is not None or error is not None)
-    session = Session(model, start)
-    statistics = observe.statistics(session, ranging, progress)
-    if not statistics:
-        raise CalibrationError("no site was found: nothing in this model can be quantized (see int8pass.inspect)")
-    samples = observe.samples(session, held, progress)
-    sites = session.sites
-    reached = _reached(sites, statistics, samples)
-    work = _Work(session, start, statistics, samples, columns, progress)
-    if cost is None and error is None:
-        settings = work.each(reached)
-    else:
-        settings = work.within(reached, held, cost, error)
-    settings = work.ranges(settings, ranging)
-    missed = [name for name in sites if name not in reached]
-    for name in missed:
-        settings[name] = SiteSettings(scheme=PRESETS["default"])
-    ordered = {name: settings[name] for name in sites if name in settings}
-    others = {name: s for name, s in start.sites.items() if name not in ordered}
-    made = dataclasses.replace(start, sites=MappingProxyType({**others, **ordered}), versions=_versions())
-    return dataclasses.replace(made, tensors=MappingProxyType(work.codes(made, reached, ranging)))
+    searched = cost is not None or error is not None or _searches(start)
+    seen = Calibration(model, batches, start, hold_out=searched, progress=progress)
+    return seen.recipe(start, columns=columns, cost=cost, error=error, progress=progress)
 
 
-def _split(data: Sequence[Any], recipe: Recipe, budgeted: bool) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Batches for the ranges and batches for the choices: different ones where there is something to choose."""
+def _searches(recipe: Recipe) -> bool:
+    """True when some choice is made by its error."""
     schemes = [recipe.scheme, *(s.scheme for s in recipe.sites.values() if s.scheme)]
-    searched = budgeted or any(s.smoothing == "calibrated" and s.alpha is None for s in schemes)
-    held = max(1, len(data) // 4)
-    if not searched:
-        return data, data[-held:]
-    if len(data) < 2:
-        raise CalibrationError(
-            "one calibration batch was given, and this recipe searches: ranges and choices must come from different "
-            "data. Give at least two batches, or a fixed alpha."
-        )
-    return data[:-held], data[-held:]
+    return any(s.smoothing == "calibrated" and s.alpha is None for s in schemes)
+
+
+class Calibration:
+    """What a model's sites saw of some data, from which any number of recipes can be made.
+
+    Args: as of `calibrate`; `hold_out` keeps the last quarter of the batches from the ranges, for the choices.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        recipe: Recipe | str | os.PathLike[str] = "default",
+        *,
+        hold_out: bool = True,
+        progress: Progress = _silent,
+    ) -> None:
+        self._data = list(batches)
+        if not self._data:
+            raise CalibrationError("no calibration batch was given")
+        if hold_out and len(self._data) < 2:
+            raise CalibrationError(
+                "one calibration batch was given, and this recipe searches: ranges and choices must come from "
+                "different data. Give at least two batches, or a fixed alpha."
+            )
+        held = max(1, len(self._data) // 4)
+        self._ranging = self._data[:-held] if hold_out else self._data
+        self._held, self._holds_out = self._data[-held:], hold_out
+        self._session = Session(model, Options.parse({"recipe": recipe}, None).recipe)
+        self._statistics = observe.statistics(self._session, self._ranging, progress)
+        if not self._statistics:
+            raise CalibrationError("no site was found: nothing in this model can be quantized (see int8pass.inspect)")
+        self._samples = observe.samples(self._session, self._held, progress)
+        self._sites = _reached(self._session.sites, self._statistics, self._samples)
+
+    def recipe(
+        self,
+        recipe: Recipe | str | os.PathLike[str],
+        *,
+        columns: int | None = None,
+        cost: float | None = None,
+        error: float | None = None,
+        progress: Progress = _silent,
+    ) -> Recipe:
+        """The recipe with what was found for every site; see `calibrate`."""
+        start = Options.parse({"recipe": recipe}, None).recipe
+        if start.scheme == PRESETS["auto"] and cost is None and error is None:
+            cost = AUTO_COST
+        budgeted = cost is not None or error is not None
+        if (budgeted or _searches(start)) and not self._holds_out:
+            raise CalibrationError("this recipe searches, and no batch was held out (hold_out=True)")
+        work = _Work(self._session, start, self._statistics, self._samples, columns, progress)
+        if budgeted:
+            settings = work.within(self._sites, self._held, cost, error)
+        else:
+            settings = work.each(self._sites)
+        settings = work.ranges(settings, self._ranging)
+        for name in self._session.sites:
+            settings.setdefault(name, SiteSettings(scheme=PRESETS["default"]))
+        ordered = {name: settings[name] for name in self._session.sites}
+        others = {name: found for name, found in start.sites.items() if name not in ordered}
+        made = dataclasses.replace(start, sites=MappingProxyType({**others, **ordered}), versions=_versions())
+        return dataclasses.replace(made, tensors=MappingProxyType(work.codes(made, self._sites, self._ranging)))
 
 
 def _reached(
@@ -122,7 +154,7 @@ def _reached(
     if missed:
         warnings.warn(
             f"no calibration token reached {some(missed)}: they keep the data-free default", CalibrationWarning,
-            stacklevel=3,
+            stacklevel=4,
         )  # fmt: skip
     return {name: info for name, info in sites.items() if name not in missed}
 

@@ -63,8 +63,9 @@ class Trial:
         return grouped(found.to(self.x.device), self.channels)
 
     def limits(self, choice: Choice) -> tuple[float, float]:
-        """The calibrated range of a choice, from the data that set the ranges."""
-        moving = self.scheme.clipping == "moving_average"
+        """The range of a choice, from the data that set the ranges: calibrated, or what a batch may be expected to have
+        (a sample of its tokens lacks the few that decide)."""
+        moving = self.scheme.clipping == "moving_average" or self.scheme.activations == "per_tensor"
         return self.statistics.limits(torch.exp2(choice.exponents), choice.columns, moving)
 
     def error(self, choice: Choice) -> float:
@@ -87,9 +88,11 @@ class Trial:
 
     def tried(self, choice: Choice) -> Choice:
         """`choice` with its range and its error."""
-        if self.scheme.activations == "static" and choice.limits is None:
+        static = self.scheme.activations == "static"
+        if (static or self.scheme.activations == "per_tensor") and choice.limits is None:
             choice = replace(choice, limits=self.limits(choice))
-        return replace(choice, error=self.error(choice))
+        error = self.error(choice)
+        return replace(choice, error=error) if static else replace(choice, error=error, limits=None)
 
     def smoothings(self) -> list[Choice]:
         """The smoothing vectors that the scheme allows, unmeasured."""
@@ -113,10 +116,11 @@ class Trial:
         """
         s = torch.exp2(choice.exponents).float()
         x, weight = self.x / s, torch.cat(self.weights) * s
+        absmax = self.statistics.absmax.to(s.device).float() / s
         taken: list[int] = []
         for step in range(4):
             wanted = count * (step + 1) // 4 - len(taken)
-            score = _blame(x, weight, taken, self.scheme)
+            score = _blame(x, weight, taken, None if self.scheme.activations == "per_token" else absmax)
             taken += torch.topk(score, min(wanted, score.numel() - len(taken))).indices.tolist()
         return tuple(sorted(taken))
 
@@ -127,7 +131,8 @@ class Trial:
             if count and not candidate.columns:
                 candidate = replace(candidate, columns=self.columns(candidate, count))
             tried.append(self.tried(candidate))
-        return min(tried, key=lambda c: c.error)
+        best = min(tried, key=lambda c: c.error)
+        return self.clipped(best) if self.scheme.clipping == "output" and best.limits is not None else best
 
     def clipped(self, choice: Choice) -> Choice:
         """A static choice with the fraction of its range that leaves least error."""
@@ -165,25 +170,27 @@ def _some_rows(weight: Tensor) -> Tensor:
     return weight.detach()[::step].float()
 
 
-def _blame(x: Tensor, weight: Tensor, taken: list[int], scheme: Scheme) -> Tensor:
-    """The error that each column of `x[T, K]`, `weight[N, K]` causes, [K]; -inf for those already `taken`."""
+def _blame(x: Tensor, weight: Tensor, taken: list[int], absmax: Tensor | None) -> Tensor:
+    """The error that each column of `x[T, K]`, `weight[N, K]` causes, [K]; -inf for those already `taken`.
+
+    `absmax` [K], over all data, where one range serves all tokens.
+    """
     x, weight = x.clone(), weight.clone()
     x[:, taken], weight[:, taken] = 0.0, 0.0
     token = 1.0 / (x.square().sum(1) + x.square().sum(1).mean())
     step = weight.abs().amax(1) / 127  # of each output channel
     from_weights = (x.square() * token[:, None]).sum(0) * (step.square().sum() / 12)
     norms = weight.square().sum(0)
-    top = x.abs().topk(min(2, x.shape[1]), dim=1)
-    largest, second = top.values[:, 0], top.values[:, -1]
-    if scheme.activations == "per_token":
-        noise = largest.square() * token
+    unit = norms.sum() / (12 * 127**2)
+    if absmax is None:
+        top = x.abs().topk(min(2, x.shape[1]), dim=1)
+        largest, second = top.values[:, 0].square(), top.values[:, -1].square()
+        noise = (largest * token).sum()
+        relief = torch.zeros_like(norms).scatter_add(0, top.indices[:, 0], (largest - second) * token * unit)
     else:
-        noise = largest.amax().square() * token
-    from_activations = noise.sum() / (12 * 127**2) * norms
-    relief = (largest.square() - second.square()) * token * (norms.sum() / (12 * 127**2))
-    score = (from_weights + from_activations).scatter_add(0, top.indices[:, 0], relief)
-    if scheme.activations != "per_token":
-        score = score + x.abs().amax(0).square() * token.sum() * (norms.sum() / (12 * 127**2))
+        absmax = absmax.index_fill(0, torch.tensor(taken, dtype=torch.int64, device=x.device), 0.0)
+        noise = absmax.amax().square() * token.sum()
+        relief = absmax.square() * token.sum() * unit
+    score = from_weights + noise / (12 * 127**2) * norms + relief
     score[taken] = -torch.inf
     return score
-

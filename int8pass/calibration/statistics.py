@@ -14,9 +14,12 @@ from torch import Tensor
 
 from int8pass.errors import CalibrationError
 
-# Magnitudes from 2^-12 to 2^12 in quarters of an octave; what is beyond goes into the first or last bin.
-BINS, PER_OCTAVE, LOWEST = 96, 4, -12
+# Magnitudes from 2^-12 to 2^12 in quarters of an octave; what is beyond goes into the first or last bin. A bin is the
+# exponent and the first two bits of the mantissa of a float32.
+BINS, LOWEST = 96, -12
+_SHIFT, _FIRST = 21, (127 + LOWEST) << 2
 DECAY = 0.9  # of the moving averages, per batch
+ROBUST = 99.5  # percent of the tokens that decide: in 512, two massive ones do not
 
 
 class ChannelStatistics:
@@ -43,15 +46,15 @@ class ChannelStatistics:
         """Add the tokens `rows[T, K]` of one batch."""
         if rows.shape[0] == 0:
             return
-        wide = rows.detach().double()
-        low, high = wide.amin(0), wide.amax(0)
+        rows = rows.detach().float()
+        low, high = rows.amin(0).double(), rows.amax(0).double()
         self.finite = self.finite and bool(torch.isfinite(low).all() and torch.isfinite(high).all())
         if not self.finite:
             return
         self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
-        self.energy += wide.square().sum(0)
-        self.magnitude += wide.abs().sum(0)
-        self.counts += _histogram(rows.detach().float())
+        self.energy += rows.square().sum(0, dtype=torch.float64)
+        self.magnitude += rows.abs().sum(0, dtype=torch.float64)
+        self.counts += _histogram(rows)
         self.moving_low = DECAY * self.moving_low + (1 - DECAY) * low
         self.moving_high = DECAY * self.moving_high + (1 - DECAY) * high
         self.moving_weight = DECAY * self.moving_weight + 1 - DECAY
@@ -87,19 +90,23 @@ class ChannelStatistics:
 
     @property
     def rms(self) -> Tensor:
-        """Root mean square [K]."""
-        return (self.energy / max(self.tokens, 1)).sqrt()
+        """Root mean square [K], with magnitudes above the robust percentile counted as that percentile."""
+        bound = self.percentile()
+        edges = _edges().to(bound.device)
+        centres = torch.minimum(0.9 * edges, bound[:, None])  # 0.9: the middle of a bin, to a few percent
+        robust = (self.counts * centres.square()).sum(1)
+        return (torch.minimum(robust, self.energy) / max(self.tokens, 1)).sqrt()
 
     @property
     def mean(self) -> Tensor:
         """Mean of |x| [K]."""
         return self.magnitude / max(self.tokens, 1)
 
-    def percentile(self, percent: float = 99.9) -> Tensor:
+    def percentile(self, percent: float = ROBUST) -> Tensor:
         """The magnitude [K] that `percent` of the tokens do not exceed, to a quarter of an octave upwards."""
         needed = torch.ceil(torch.tensor(percent / 100 * self.tokens, dtype=torch.float64)).to(torch.int64)
         index = (self.counts.cumsum(1) < needed.to(self.counts.device)).sum(1)
-        edge = torch.exp2((index.double() + 1) / PER_OCTAVE + LOWEST)
+        edge = _edges().to(index.device)[index.clamp_max(BINS - 1)]
         return torch.where(index >= BINS - 1, self.absmax, torch.minimum(edge, self.absmax))
 
     def of(self, statistic: str) -> Tensor:
@@ -132,9 +139,15 @@ class ChannelStatistics:
         return made
 
 
+def _edges() -> Tensor:
+    """The upper end of every bin, fp64 [BINS]."""
+    index = torch.arange(1, BINS + 1)
+    return torch.exp2((index // 4 + LOWEST).double()) * (1 + (index % 4).double() / 4)
+
+
 def _histogram(rows: Tensor) -> Tensor:
     """Tokens per channel and magnitude bin, int64 [K, BINS]."""
     width = rows.shape[1]
-    bins = ((rows.abs().log2() - LOWEST) * PER_OCTAVE).clamp(0, BINS - 1).to(torch.int64)  # log2(0) = -inf: bin 0
-    flat = bins + torch.arange(width, device=rows.device) * BINS
-    return torch.bincount(flat.flatten(), minlength=width * BINS).view(width, BINS)
+    bins = ((rows.abs().view(torch.int32) >> _SHIFT) - _FIRST).clamp_(0, BINS - 1)
+    bins += torch.arange(width, device=rows.device, dtype=torch.int32) * BINS
+    return torch.bincount(bins.flatten(), minlength=width * BINS).view(width, BINS)
