@@ -68,8 +68,6 @@ def split(name: str) -> Recipe:
 
 
 SCHEMES = (
-    Scheme("w8a8", preset("w8a8"), calibrated=False),
-    Scheme("w8a16", preset("w8a16"), calibrated=False),
     Scheme("smoothquant-o1", preset("smoothquant-o1")),
     Scheme("smoothquant-o2", preset("smoothquant-o2")),
     Scheme("smoothquant-o3", preset("smoothquant-o3")),
@@ -77,6 +75,8 @@ SCHEMES = (
     Scheme("smoothquant-o3 + 32 columns", split("smoothquant-o3"), 32),
     Scheme("auto", preset("auto")),
     Scheme("llm.int8", preset("llm.int8"), calibrated=False),
+    Scheme("w8a8", preset("w8a8"), calibrated=False),
+    Scheme("w8a16", preset("w8a16"), calibrated=False),
     Scheme("zeroquant", preset("zeroquant"), calibrated=False),
     Scheme("outlier-columns", preset("outlier-columns")),
     Scheme("smoothquant-o1 + 32 columns", split("smoothquant-o1"), 32),
