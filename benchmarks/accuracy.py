@@ -68,19 +68,19 @@ def split(name: str) -> Recipe:
 
 
 SCHEMES = (
-    Scheme("smoothquant-o1", preset("smoothquant-o1")),
-    Scheme("smoothquant-o2", preset("smoothquant-o2")),
     Scheme("smoothquant-o3", preset("smoothquant-o3")),
-    Scheme("smoothquant-o2 + 32 columns", split("smoothquant-o2"), 32),
-    Scheme("smoothquant-o3 + 32 columns", split("smoothquant-o3"), 32),
+    Scheme("smoothquant-o1", preset("smoothquant-o1")),
     Scheme("auto", preset("auto")),
+    Scheme("smoothquant-o2", preset("smoothquant-o2")),
+    Scheme("smoothquant-o3 + 32 columns", split("smoothquant-o3"), 32),
+    Scheme("smoothquant-o2 + 32 columns", split("smoothquant-o2"), 32),
     Scheme("llm.int8", preset("llm.int8"), calibrated=False),
     Scheme("w8a8", preset("w8a8"), calibrated=False),
     Scheme("w8a16", preset("w8a16"), calibrated=False),
-    Scheme("zeroquant", preset("zeroquant"), calibrated=False),
-    Scheme("outlier-columns", preset("outlier-columns")),
-    Scheme("smoothquant-o1 + 32 columns", split("smoothquant-o1"), 32),
     Scheme("smoothquant-o1, gptq", preset("smoothquant-o1", rounding="gptq")),
+    Scheme("zeroquant", preset("zeroquant"), calibrated=False),
+    Scheme("smoothquant-o1 + 32 columns", split("smoothquant-o1"), 32),
+    Scheme("outlier-columns", preset("outlier-columns")),
     Scheme(
         "smoothquant-o1 as published (α 0.5, absmax, symmetric, weights per tensor)",
         preset("smoothquant-o1", alpha=0.5, statistic="absmax", symmetric=True, weights="per_tensor"),

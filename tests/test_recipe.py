@@ -146,7 +146,11 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 BAD_SCHEMES: dict[str, tuple[dict[str, Any], str]] = {
-    "activations": ({"activations": "int4"}, "activations must be one of 'per_token', 'per_tensor', 'static', 'none', got 'int4'"),
+    "activations": ({"activations": "int4"}, "must be one of 'per_token', 'per_tensor', 'static', 'none', got 'int4'"),
+    "group size": ({"group_size": 16}, "group_size must be within 32 and 256, got 16"),
+    "alpha": ({"alpha": 1.5}, "alpha must be within 0 and 1"),
+    "static with dynamic columns": ({"activations": "static"}, "static activations take outliers 'none' or 'static'"),
+    "groups with dynamic columns": ({"weights": "group"}, "group-wise weights take outliers 'none' or 'static'"),
     "symmetric": ({"symmetric": 1}, "symmetric must be bool, got 1"),
     "threshold": ({"threshold": -1.0}, "threshold and smoothing_threshold must be positive"),
     "threshold type": ({"threshold": "6"}, "threshold must be float or int, got '6'"),

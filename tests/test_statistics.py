@@ -135,7 +135,8 @@ def test_one_massive_token_does_not_ruin_the_others() -> None:
     found, columns = of(poisoned), column_absmax([weight])
     others = x[1:]
     plain = per_token_error(others, weight, torch.zeros(128, dtype=torch.float64))
-    errors = {n: per_token_error(others, weight, exponents(found.of(n), columns, 0.8)) for n in ("absmax", "percentile", "rms")}
+    vectors = {name: exponents(found.of(name), columns, 0.8) for name in ("absmax", "percentile", "rms")}
+    errors = {name: per_token_error(others, weight, vector) for name, vector in vectors.items()}
     clean = per_token_error(others, weight, exponents(of(x).absmax, columns, 0.8))
     assert errors["absmax"] > 5 * clean
     assert errors["rms"] < 0.6 * plain

@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lowering.ops.linear import linear_w8a8_groups
-from lowering.triton.launch import as_rows, empty, expected_rows, per_row, traceable, wrap_triton
-from lowering.triton.linear import GROUP_M, _count, _fits_w8a8, _weight_rows, add_outliers, store_tile, tile_position
+from lowering.triton.launch import FLOATS, as_rows, empty, expected_rows, per_row, traceable, wrap_triton
+from lowering.triton.linear import GROUP_M, _count, _weight_rows, add_outliers, store_tile, tile_position
 
 
 @triton.jit
@@ -60,7 +60,15 @@ def _linear_w8a8_groups_kernel(
     store_tile(out, y, first_m, first_n, rows, cols, has_row, has_col, N)
 
 
-@linear_w8a8_groups.impl("triton", when=_fits_w8a8)
+def _fits(codes: Tensor, *rest: object) -> bool | str:
+    outliers, dtype = rest[6], rest[8]
+    if dtype not in FLOATS or (isinstance(outliers, Tensor) and outliers.dtype not in FLOATS):
+        return "the Triton kernels take float32, bfloat16 and float16"
+    k = codes.shape[-1]
+    return (isinstance(k, int) and k > 0) or "the Triton kernels need a last dimension of fixed size, at least 1"
+
+
+@linear_w8a8_groups.impl("triton", when=_fits)
 @traceable
 def linear_w8a8_groups_tiles(
     codes: Tensor,
