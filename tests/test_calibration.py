@@ -143,10 +143,11 @@ def test_the_float_columns_hold_original_weights() -> None:
     assert result.ops["linear"] == 4, "an int8 and a float one per linear"
 
 
-def test_a_saved_recipe_compiles(tmp_path: Path) -> None:
+@pytest.mark.parametrize("preset", ["outlier-columns", "smoothquant-o3"])
+def test_a_saved_recipe_compiles(preset: str, tmp_path: Path) -> None:
     path = tmp_path / "model.json"
     planted, x = model(), batch(9, tokens=9)
-    int8pass.calibrate(planted, BATCHES).save(path)
+    int8pass.calibrate(planted, BATCHES, preset).save(path)
     expected, harness = call(planted, x), run_pass(planted, x, str(path)).output
     torch._dynamo.reset()
     compiled = torch.compile(planted, backend="int8", fullgraph=True, options={"recipe": str(path)})

@@ -25,6 +25,7 @@ _VIEWS = {
     "split_with_sizes", "unbind", "repeat", "repeat_interleave", "roll", "movedim", "detach", "getitem",
 }  # fmt: skip
 _SAME = {"to", "_to_copy", "type_as", "relu", "neg"}
+_SHAPE_ONLY = {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_empty", "new_full"}
 MOST_ELEMENTS = 2**26
 _RESHAPES = {"view", "_unsafe_view"}
 
@@ -115,6 +116,8 @@ def _forward(producer: fx.Node, source: fx.Node, readers: frozenset[fx.Node]) ->
         node = heapq.heappop(todo)
         arrived = [a for a in node.all_input_nodes if a in at]
         if node in at or node in followers or (node in readers and arrived == [source]):
+            continue
+        if op_name(node) in _SHAPE_ONLY:
             continue
         if op_name(node) == "linear" and arrived == [node.args[0]]:
             followers.append(node)
