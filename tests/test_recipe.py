@@ -188,3 +188,61 @@ def test_parsing_does_not_change_the_callers_options() -> None:
     given_options = {"recipe": "w8a8", "inductor": {}, "threshold": 5}
     Options.parse(given_options, None)
     assert given_options == {"recipe": "w8a8", "inductor": {}, "threshold": 5}
+
+
+def test_overrides_of_the_model_and_of_sites() -> None:
+    recipe = Recipe.preset("w8a8").override("a", keep=True).override(["b", "c"], activations="per_tensor")
+    assert recipe.at("a").keep
+    assert (
+        recipe.at("b").scheme == recipe.at("c").scheme == dataclasses.replace(recipe.scheme, activations="per_tensor")
+    )
+    changed = recipe.override(symmetric=False)
+    assert not changed.scheme.symmetric
+    assert changed.at("b").scheme == dataclasses.replace(changed.scheme, activations="per_tensor"), (
+        "sites keep their own"
+    )
+    with pytest.raises(OptionError, match="Scheme has no field 'bits'"):
+        recipe.override(bits=4)
+    with pytest.raises(OptionError, match="keep is a setting of single sites"):
+        recipe.override(keep=True)
+
+
+def test_diff_says_what_changed_in_few_words() -> None:
+    first = Recipe(
+        sites={"a": SiteSettings(columns=(1, 2), exponents=(0.0, 1.0)), "b": SiteSettings(), "d": SiteSettings()}
+    )
+    second = dataclasses.replace(
+        first.override(symmetric=True),
+        quantize_head=True,
+        sites={
+            "a": SiteSettings(columns=(2, 3), exponents=(0.5, 1.0), alpha=0.7),
+            "c": SiteSettings(),
+            "d": SiteSettings(),
+        },
+    )
+    assert first.diff(first) == []
+    assert first.diff(second) == [
+        "symmetric: False → True",
+        "quantize_head: False → True",
+        "a: columns: 1 removed, 1 added, 2 now",
+        "a: smoothing vectors: up to 2^0.5 apart",
+        "a: alpha: None → 0.7",
+        "b: only in the first",
+        "c: only in the second",
+    ]
+
+
+def test_a_recipe_of_the_first_format_is_read() -> None:
+    old = json.loads(Recipe(sites={"q": SiteSettings(columns=(3,))}).to_json()) | {"int8pass_recipe": 1}
+    for key in ("limits", "alpha", "error", "tokens"):
+        del old["sites"]["q"][key]
+    for key in ("weights", "group_size", "alpha", "statistic", "clipping", "rounding"):
+        del old["scheme"][key]
+    del old["tensors"]
+    assert Recipe.from_dict(old) == Recipe(sites={"q": SiteSettings(columns=(3,))})
+
+
+def test_files_are_read_line_by_line_by_people() -> None:
+    lines = Recipe(sites={"q": SiteSettings(columns=tuple(range(64)))}).to_json().splitlines()
+    assert len(lines) < 25
+    assert '   "columns": [0, 1, 2' in "\n".join(lines)
