@@ -69,10 +69,10 @@ def split(name: str) -> Recipe:
 
 SCHEMES = (
     Scheme("smoothquant-o3", preset("smoothquant-o3")),
+    Scheme("smoothquant-o3 + 32 columns", split("smoothquant-o3"), 32),
     Scheme("smoothquant-o1", preset("smoothquant-o1")),
     Scheme("auto", preset("auto")),
     Scheme("smoothquant-o2", preset("smoothquant-o2")),
-    Scheme("smoothquant-o3 + 32 columns", split("smoothquant-o3"), 32),
     Scheme("smoothquant-o2 + 32 columns", split("smoothquant-o2"), 32),
     Scheme("llm.int8", preset("llm.int8"), calibrated=False),
     Scheme("w8a8", preset("w8a8"), calibrated=False),

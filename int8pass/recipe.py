@@ -54,7 +54,8 @@ class Scheme:
     """Channels whose gamma-to-weight ratio exceeds this many medians are smoothed, for `smoothing="outliers"`."""
     alpha: float | None = 0.5
     """(c) α of s = X^α / W^(1-α) (SmoothQuant, arXiv 2211.10438, equation 4). None: searched per site, by the output
-    error on batches that did not set the ranges."""
+    error on batches that did not set the ranges; where one range serves a whole tensor, vectors that touch its outlier
+    channels alone are tried too."""
     statistic: Literal["absmax", "percentile", "rms", "mean"] = "rms"
     """(c) What X is: the absmax of a channel over tokens, as published; its 99.9th percentile; its root mean square,
     which one massive token cannot move far; or its mean magnitude, with that of W (AWQ, arXiv 2306.00978)."""

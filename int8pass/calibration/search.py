@@ -12,15 +12,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from int8pass.calibration.smoothing import column_absmax, column_mean, exponents, grouped
+from int8pass.calibration.smoothing import column_absmax, column_mean, exponents, grouped, outlier_exponents
 from int8pass.calibration.statistics import ChannelStatistics
 from int8pass.recipe import Scheme
 from lowering import numerics
 
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+OUTLIER_FRACTIONS = tuple(2 ** (-i / 2) for i in range(1, 15))  # down to 1/128 of the largest channel
 AWQ_ALPHAS = tuple(i / 20 for i in range(1, 20))
 MOST_OUTPUTS = 1024  # per linear: of a larger one, evenly spaced rows stand for the rest
-CLIPS = (1.0, 0.85, 0.7, 0.55, 0.4)
+# Fractions of a range: beyond it, because unseen tokens reach further, and within it.
+CLIPS = (2.0, 1.5, 1.25, 1.0, 0.85, 0.7, 0.55, 0.4)
+FINALISTS = 5  # smoothing vectors for which every fraction is tried
 
 
 @dataclass(frozen=True)
@@ -102,10 +105,15 @@ class Trial:
         if scheme.alpha is not None:
             return [Choice(self.exponents(scheme.statistic, scheme.alpha), scheme.alpha)]
         alphas = AWQ_ALPHAS if scheme.statistic == "mean" else ALPHAS
-        return [
+        found = [
             Choice(self.exponents(scheme.statistic, None)),
             *(Choice(self.exponents(scheme.statistic, a), a) for a in alphas),
         ]
+        if scheme.activations in {"static", "per_tensor"}:
+            absmax = self.statistics.absmax.to(self.x.device)
+            every = (outlier_exponents(absmax, f) for f in OUTLIER_FRACTIONS)
+            found += [Choice(grouped(e, self.channels)) for e in every]
+        return found
 
     def columns(self, choice: Choice, count: int) -> tuple[int, ...]:
         """The `count` columns that cause most error under a smoothing vector, in ascending order.
@@ -131,8 +139,10 @@ class Trial:
             if count and not candidate.columns:
                 candidate = replace(candidate, columns=self.columns(candidate, count))
             tried.append(self.tried(candidate))
-        best = min(tried, key=lambda c: c.error)
-        return self.clipped(best) if self.scheme.clipping == "output" and best.limits is not None else best
+        tried.sort(key=lambda c: c.error)
+        if self.scheme.activations == "static" and self.scheme.clipping == "output":
+            tried = [self.clipped(choice) for choice in tried[:FINALISTS]]
+        return min(tried, key=lambda c: c.error)
 
     def clipped(self, choice: Choice) -> Choice:
         """A static choice with the fraction of its range that leaves least error."""

@@ -28,6 +28,17 @@ def exponents(activation: Tensor, weight: Tensor, alpha: float, beta: float | No
     return (STEPS * centred).round().clamp(-STEPS * LARGEST, STEPS * LARGEST) / STEPS
 
 
+def outlier_exponents(absmax: Tensor, fraction: float) -> Tensor:
+    """log2 of s_j = max(1, absmax_j / t), t being a fraction of the largest absmax, in steps of 1/8: fp64 [K].
+
+    Only the channels that set a tensor's range are touched, and all others leave their weights alone (Outlier
+    Suppression+, arXiv 2304.09145, section 4.2).
+    """
+    absmax = absmax.double()
+    t = (fraction * absmax.max()).clamp_min(1e-30)
+    return (STEPS * (absmax / t).clamp_min(1.0).log2()).ceil().clamp_max(STEPS * LARGEST) / STEPS
+
+
 def grouped(values: Tensor, channels: tuple[int, ...] | None) -> Tensor:
     """Exponents [K] made equal where the same producer channel makes the inputs (grouped-query heads): the largest."""
     if channels is None or len(set(channels)) == len(channels):
