@@ -102,7 +102,9 @@ def describe_scheme(scheme: Scheme) -> str:
         return "w8a16"
     columns = {"none": "", "largest": ", largest columns", "static": ", static columns"}
     outliers = columns.get(scheme.outliers, f", columns > {scheme.threshold:g}")
-    return f"w8a8 {'symmetric' if scheme.symmetric else 'affine'}{outliers}"
+    ranges = {"per_tensor": ", per tensor", "static": ", static range"}.get(scheme.activations, "")
+    weights = {"group": f", groups of {scheme.group_size}", "per_tensor": ", one weight scale"}.get(scheme.weights, "")
+    return f"w8a8 {'symmetric' if scheme.symmetric else 'affine'}{ranges}{weights}{outliers}"
 
 
 def describe(recipe: Recipe) -> str:
