@@ -24,13 +24,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import (
-    ExportGraphSignature,
-    InputKind,
-    InputSpec,
-    OutputSpec,
-    TensorArgument,
-)
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputSpec, TensorArgument
+from torch.utils import _pytree as pytree
 
 from int8pass import pipeline
 from int8pass.capture import Program, from_export
@@ -54,7 +49,8 @@ TARGETS: tuple[str, ...] = get_args(Target)
 OPSETS = {"onnxruntime": 23, "openvino": 23, "tensorrt": 21, "portable": 21}
 """RMSNormalization and Attention are one node from 23 on; what reads a file of the other targets may be older."""
 
-Progress = Callable[[str], None]
+Progress = Callable[[str, int, int], None]
+"""Called with (step, 0, 1) when a step begins and (step, 1, 1) when it has ended."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +87,7 @@ def export_onnx(
     dynamic_shapes: Any = None,
     verify: bool | Literal["warn"] = True,
     quantize_head: bool | None = None,
-    progress: Progress = lambda step: None,
+    progress: Progress = lambda *_: None,
 ) -> Export:
     """Write `model`, in int8 as `torch.compile(model, backend="int8")` runs it, to an ONNX file for a runtime.
 
@@ -107,7 +103,7 @@ def export_onnx(
         verify: open the file in the target's runtime, and require that every planned linear runs as an int8 kernel
             and the numbers are those of the portable form in PyTorch. "warn" keeps a file that fails and warns.
         quantize_head: overrides the recipe's.
-        progress: called with the name of every step as it begins.
+        progress: called as steps begin and end, see `Progress`.
 
     Raises:
         ExportError: the file cannot be written, or does not verify.
@@ -131,33 +127,38 @@ def export_onnx(
         require_runtimes(target)
     file = Path(path)
     with files.staged(file) as folder, torch.no_grad():
-        progress("capture")
-        exported = capture(model, args, dynamic_shapes)
-        progress("quantize")
-        portable, facts = to_portable(exported, settings.recipe)
-        progress("translate to ONNX")
-        onnx_model = to_onnx(portable, target)
-        _describe(onnx_model, facts, settings.recipe, target)
-        progress("write")
-        written = files.write(onnx_model, folder, file)
+        with _step(progress, "capture"):
+            exported = capture(model, args, dynamic_shapes)
+        with _step(progress, "quantize"):
+            portable, facts = to_portable(exported, settings.recipe)
+        with _step(progress, "translate to ONNX"):
+            onnx_model = to_onnx(portable, target)
+            _describe(onnx_model, facts, settings.recipe, target)
+        with _step(progress, "write"):
+            written = files.write(onnx_model, folder, file)
+            del onnx_model
         verification = None
         if verify:
-            progress("verify")
-            planned = [reader.path for site in facts.matches.sites for reader in site.readers]
-            verification = verify_file(written, target, planned, *_expected(portable, args))
+            with _step(progress, "verify"):
+                verification = verify_file(written, target, _planned(facts), *_expected(exported, portable, args))
             if not verification.passed and verify != "warn":
                 raise ExportError(f"{file} was not written, because it does not verify:\n{verification}")
         files.publish(written, file)
     if verification is not None and not verification.passed:
         warnings.warn(f"{file} was kept although it does not verify:\n{verification}", stacklevel=2)
-    return Export(
-        file,
-        target,
-        OPSETS[target],
-        tuple(reader.path for site in facts.matches.sites for reader in site.readers),
-        {r.linear: r.reason for r in facts.matches.refusals},
-        verification,
-    )
+    refused = {r.linear: r.reason for r in facts.matches.refusals}
+    return Export(file, target, OPSETS[target], tuple(_planned(facts)), refused, verification)
+
+
+def _planned(facts: Facts) -> list[str]:
+    return [reader.path for site in facts.matches.sites for reader in site.readers]
+
+
+@contextmanager
+def _step(progress: Progress, title: str) -> Iterator[None]:
+    progress(title, 0, 1)
+    yield
+    progress(title, 1, 1)
 
 
 def _require_packages() -> None:
@@ -236,6 +237,7 @@ def _repacked(exported: ExportedProgram, program: Program) -> ExportedProgram:
     copies: dict[fx.Node, fx.Node] = {}
     inputs: list[InputSpec] = []
     state: dict[str, Any] = {}
+    kept: dict[str, Any] = {}
     names: dict[str, str] = {}
     for attribute, constant in program.constants.used().items():
         name = _unused(_name(constant), state)
@@ -254,8 +256,8 @@ def _repacked(exported: ExportedProgram, program: Program) -> ExportedProgram:
         if node.op == "placeholder":
             spec = specs[next(remaining)]
             inputs.append(InputSpec(spec.kind, _renamed(spec.arg, copies[node]), spec.target, spec.persistent))
-            if spec.target is not None:
-                state[spec.target] = tensors[spec.target]
+            if spec.target is not None:  # a tensor that is written in place, and so is no constant
+                (kept if spec.target in exported.constants else state)[spec.target] = tensors[spec.target]
     results = graph.output_node().args[0]
     outputs = [
         OutputSpec(spec.kind, _renamed(spec.arg, result), spec.target)
@@ -269,7 +271,8 @@ def _repacked(exported: ExportedProgram, program: Program) -> ExportedProgram:
         range_constraints=exported.range_constraints,
         module_call_graph=exported.module_call_graph,
         example_inputs=exported.example_inputs,
-        constants={},
+        constants=kept,
+        verifiers=exported.verifiers,
     )
 
 
@@ -350,11 +353,10 @@ def _describe(model: ir.Model, facts: Facts, recipe: Recipe, target: str) -> Non
 
     model.producer_name, model.producer_version = "int8pass", __version__
     model.graph.name = "int8pass"
-    planned = [reader.path for site in facts.matches.sites for reader in site.readers]
     model.metadata_props.update(
         {
             "int8pass.target": target,
-            "int8pass.linears": json.dumps(planned),
+            "int8pass.linears": json.dumps(_planned(facts)),
             "int8pass.refused": json.dumps({r.linear: r.reason for r in facts.matches.refusals}),
             "int8pass.recipe": recipe.to_json(),
             "int8pass.versions": json.dumps({"int8pass": __version__, "torch": torch.__version__}),
@@ -362,13 +364,18 @@ def _describe(model: ir.Model, facts: Facts, recipe: Recipe, target: str) -> Non
     )
 
 
-def _expected(portable: ExportedProgram, args: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """The flat inputs of the file, and what the portable form computes from them in PyTorch."""
+def _expected(
+    exported: ExportedProgram, portable: ExportedProgram, args: Any
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The flat inputs of the file, and what the portable form and the original model compute from them in PyTorch."""
     positional, keywords = _arguments(args)
-    flat_in = [v for v in torch.utils._pytree.tree_leaves((positional, keywords)) if isinstance(v, Tensor)]
-    result = portable.module(check_guards=False)(*positional, **keywords)
-    flat_out = [v for v in torch.utils._pytree.tree_leaves(result) if isinstance(v, Tensor)]
-    return flat_in, flat_out
+
+    def outputs(program: ExportedProgram) -> list[Tensor]:
+        result = program.module(check_guards=False)(*positional, **keywords)
+        return [v.detach() for v in pytree.tree_leaves(result) if isinstance(v, Tensor)]
+
+    inputs = [v for v in pytree.tree_leaves((positional, keywords)) if isinstance(v, Tensor)]
+    return inputs, outputs(portable), outputs(exported)
 
 
 __all__ = ["OPSETS", "TARGETS", "Export", "export_onnx"]

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
+
+if TYPE_CHECKING:
+    from int8pass.qdq.linears import Linear
 
 FOLD_BYTES = 1 << 24
 """Constants up to this size are folded: sums and scales of weights, not embedding tables."""
@@ -186,6 +190,10 @@ def _readers(node: ir.Node) -> tuple[list[ir.Node], list[ir.Node]] | None:
                 ends.append(user)
                 continue
             return None
+        if user.op_type == "MatMulInteger" and index == 0:
+            user.resize_inputs(max(3, len(user.inputs)))  # its zero point may be left out
+            ends.append(user)
+            continue
         if user.op_type not in _MOVES or index != 0:
             return None
         passed.append(user)
@@ -212,3 +220,60 @@ def explicit_zero_points(nodes: Iterable[ir.Node], model: ir.Model) -> int:
         node.attributes.pop("output_dtype", None)
         count += 1
     return count
+
+
+def fusing_bias(model: ir.Model, linear: Linear, add: ir.Node) -> bool:
+    """A float bias on a product that would become an unfused Gemm ⇒ the form that fuses; False where there is none.
+
+    Rank 3: the bias as `[1, 1, N]`, which is no Gemm's. Rank 2: `Gemm(DQ(x), DQ(W), DQ(bias int32, s_x · s_W))`; the
+    bias moves by at most half a step of the accumulator.
+    """
+    bias = next((v for v in add.inputs if v is not None and constant_of(v) is not None and v is not linear.weight), None)
+    product = linear.node.outputs[0]
+    rank = len(product.shape) if product.shape is not None else None
+    if add.op_type == "Add" and rank == 3 and bias is not None:
+        array = constant_of(bias).numpy()  # type: ignore[union-attr]
+        wide = initializer(model, f"{bias.name}.wide", array.reshape(1, 1, -1))
+        add.replace_input_with(list(add.inputs).index(bias), wide)
+        return True
+    if rank != 2 and linear.node.op_type != "Gemm":
+        return False
+    return _integer_bias(model, linear, add)
+
+
+def _integer_bias(model: ir.Model, linear: Linear, add: ir.Node) -> bool:
+    """Rank 2: product and bias ⇒ one Gemm whose bias is int32."""
+    scales = [constant_of(n.inputs[1]) for n in (linear.quantizer, linear.read) if n is not None]
+    is_gemm = add.op_type == "Gemm"
+    bias = add.inputs[2] if is_gemm else next(v for v in add.inputs if v is not None and constant_of(v) is not None)
+    values = constant_of(bias)
+    if len(scales) != 2 or any(s is None for s in scales) or values is None or values.numpy().ndim != 1:
+        return False
+    if is_gemm and any(name in add.attributes and add.attributes[name].as_float() != 1.0 for name in ("alpha", "beta")):
+        return False
+    scale = (scales[0].numpy().reshape(-1)[0] * scales[1].numpy()).astype(np.float32)  # type: ignore[union-attr]
+    codes = np.clip(np.rint(values.numpy() / scale), -(2**31), 2**31 - 1).astype(np.int32)
+    stored = initializer(model, f"{bias.name}.int32", codes)  # type: ignore[union-attr]
+    step = initializer(model, f"{bias.name}.scale", np.broadcast_to(scale, codes.shape).copy())  # type: ignore[union-attr]
+    zero = initializer(model, f"{bias.name}.zero_point", np.zeros(codes.shape, np.int32))  # type: ignore[union-attr]
+    read = ir.Node("", "DequantizeLinear", [stored, step, zero], [ir.AttrInt64("axis", 0)])
+    read.outputs[0].name = f"{bias.name}.dequantized"  # type: ignore[union-attr]
+    read.outputs[0].dtype, read.outputs[0].shape = ir.DataType.FLOAT, ir.Shape(codes.shape)
+    model.graph.insert_before(add, read)
+    if is_gemm:
+        add.replace_input_with(2, read.outputs[0])
+        return True
+    product = linear.node
+    gemm = ir.Node("", "Gemm", [product.inputs[0], product.inputs[1], read.outputs[0]], name=product.name)
+    gemm.metadata_props.update(product.metadata_props)
+    gemm.outputs[0].dtype, gemm.outputs[0].shape = add.outputs[0].dtype, add.outputs[0].shape
+    gemm.outputs[0].name = f"{product.name}.sum"
+    model.graph.insert_before(add, gemm)
+    output = add.outputs[0]
+    if output.is_graph_output():
+        name, index = output.name, list(model.graph.outputs).index(output)
+        model.graph.outputs[index] = gemm.outputs[0]
+        output.name, gemm.outputs[0].name = None, name
+    ir.convenience.replace_all_uses_with(output, gemm.outputs[0])
+    model.graph.remove([add, product], safe=True)
+    return True

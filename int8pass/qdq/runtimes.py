@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,12 +38,19 @@ class Opened:
 
     runtime: str
     version: str
-    kernels: Mapping[str, Kernel]
+    read_kernels: Callable[[], Mapping[str, Kernel]]
+    """Asked anew after a run: where shapes are dynamic, OpenVINO chooses among its kernels then."""
     run: Run
+
+    @property
+    def kernels(self) -> Mapping[str, Kernel]:
+        """Kernel of every linear, by the name of its node."""
+        return self.read_kernels()
 
     def missing(self, linears: Sequence[Linear]) -> list[Linear]:
         """Linears that do not run in int8."""
-        return [linear for linear in linears if not self.kernels[str(linear.node.name)].int8]
+        kernels = self.kernels
+        return [linear for linear in linears if not kernels[str(linear.node.name)].int8]
 
 
 def module(name: str) -> Any:
@@ -94,7 +103,8 @@ def open_onnxruntime(ort: Any, path: Path, linears: Sequence[Linear]) -> Opened:
     def run(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         return list(session.run(None, dict(zip(names, inputs, strict=True))))
 
-    return Opened("onnxruntime", ort.__version__, _ort_kernels(optimized, linears), run)
+    kernels = _ort_kernels(optimized, linears)
+    return Opened("onnxruntime", ort.__version__, lambda: kernels, run)
 
 
 def _ort_kernels(optimized: onnx.ModelProto, linears: Sequence[Linear]) -> dict[str, Kernel]:
@@ -134,7 +144,12 @@ def open_openvino(openvino: Any, path: Path, linears: Sequence[Linear]) -> Opene
         result = compiled(list(inputs))
         return [np.asarray(result[port]) for port in compiled.outputs]
 
-    return Opened("openvino", openvino.__version__, _openvino_kernels(compiled.get_runtime_model(), linears), run)
+    version = openvino.__version__.split("-")[0]
+    return Opened("openvino", version, lambda: _openvino_kernels(compiled.get_runtime_model(), linears), run)
+
+
+# What OpenVINO appends to the name of a node that it takes apart.
+_ADDED = re.compile(r"/(WithoutBiases|Dequantization\w+)(/.*)?$")
 
 
 def _openvino_kernels(executed: Any, linears: Sequence[Linear]) -> dict[str, Kernel]:
@@ -147,12 +162,13 @@ def _openvino_kernels(executed: Any, linears: Sequence[Linear]) -> dict[str, Ker
         )
         if kind in {"FullyConnected", "MatMul"}:
             for origin in origins.split(","):
-                products[origin] = (primitive, precision)
+                products[_ADDED.sub("", origin)] = (primitive, precision)
     kernels: dict[str, Kernel] = {}
     for linear in linears:
         found = [products[name] for name in linear.aliases() if name in products]
         primitive, precision = found[0] if found else ("not found", "")
         # Both operands as integers show in the kernel's name, an int8 weight alone in the precision it is kept in.
         int8 = primitive.lower().endswith("i8") or (linear.form == "weight only" and precision in {"i8", "u8"})
-        kernels[str(linear.node.name)] = Kernel(f"{primitive} ({precision})" if precision else primitive, int8)
+        label = f"FullyConnected {primitive}" if int8 else f"float {primitive}"
+        kernels[str(linear.node.name)] = Kernel(f"{label} ({precision})" if precision else label, int8)
     return kernels

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from onnxscript import opset21 as op
 
-from lowering.onnx.quantize import FLOAT, from_codes, i64
+from lowering.onnx.quantize import FLOAT, from_codes, i64, is_static
 from lowering.ops import linear as ops
 
 
@@ -19,13 +19,16 @@ def linear_w8a8(
 ):  # fmt: skip
     transposed = op.Transpose(weight, perm=[1, 0])
     floats = op.DequantizeLinear(transposed, weight_scale, axis=1)
-    y = op.Mul(op.MatMul(from_codes(codes), floats), scale)
+    static = is_static(codes)  # then scale and zero point are in the QuantizeLinear
+    y = op.MatMul(from_codes(codes), floats)
+    if not static:
+        y = op.Mul(y, scale)
     extra, extra_weight = outliers, None
     if columns is not None:
         extra_weight = op.Mul(op.Cast(op.Gather(transposed, columns, axis=0), to=FLOAT), weight_scale)
     elif outlier_weight is not None:
         extra_weight = op.Transpose(outlier_weight, perm=[1, 0])
-    if zero_point is not None:
+    if zero_point is not None and not static:
         # y - zero_point · scale · Σ_k W: one more column of the float product.
         shift = op.Mul(op.Neg(op.Cast(zero_point, to=FLOAT)), scale)
         shift_weight = op.Unsqueeze(op.Mul(op.Cast(weight_sum, to=FLOAT), weight_scale), i64(0))

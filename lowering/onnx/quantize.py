@@ -44,8 +44,24 @@ def to_codes(scaled):
 
 
 def from_codes(codes):
-    """Codes as floats, in the form that int8 kernels are matched by."""
+    """Codes as floats: the DequantizeLinear that mirrors their QuantizeLinear, as int8 kernels are matched by."""
+    made = codes.producer()
+    if made is not None and made.op_type == "QuantizeLinear":
+        return op.DequantizeLinear(codes, made.inputs[1], made.inputs[2])
     return op.DequantizeLinear(codes, f32(1.0), int8_zero())
+
+
+def is_static(codes):
+    """Whether the scale of these codes is a constant of their QuantizeLinear, and not a factor of each row."""
+    made = codes.producer()
+    return made is not None and made.op_type == "QuantizeLinear" and not _is_one(made.inputs[1])
+
+
+def _is_one(scale):
+    made = scale.producer()
+    if made is None or made.op_type != "Constant":
+        return False
+    return made.attributes["value"].as_tensor().numpy().size == 1 and float(made.attributes["value"].as_tensor().numpy()) == 1.0
 
 
 @ops.quantize_per_token.impl("onnx")
