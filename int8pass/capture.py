@@ -187,6 +187,7 @@ def from_export(exported: torch.export.ExportedProgram) -> Program:
     for name, body in exported.graph_module.named_children():
         gm.add_module(name, body)
     _inline_regions(gm)
+    _drop_aliases(gm)
     nodes = _placeholders(gm.graph)
     fake_mode = next(n.meta["val"].fake_mode for n in nodes if isinstance(n.meta.get("val"), Tensor))
     constants = Constants(gm, fake_mode)
@@ -224,3 +225,24 @@ def _inline_regions(gm: fx.GraphModule) -> None:
         gm.graph.erase_node(node)
     if found:
         gm.graph.eliminate_dead_code()
+
+
+def _drop_aliases(gm: fx.GraphModule) -> None:
+    """`detach_(x)`, `lift_fresh_copy(x)`, `cat([empty, x])` ⇒ `x`, assertions on dtypes ⇒ nothing.
+
+    How torch.export writes tensors made in the model's code, casts, and the first step of a growing cache.
+    """
+    aten = torch.ops.aten
+    names = {aten.detach_.default, aten.detach.default, aten.lift_fresh_copy.default, aten.lift_fresh.default}
+    for node in list(gm.graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:
+            gm.graph.erase_node(node)
+            continue
+        source = node.args[0] if node.target in names else None
+        if node.target is aten.cat.default:
+            parts = [part for part in node.args[0] if tuple(part.meta["val"].shape) != (0,)]
+            source = parts[0] if len(parts) == 1 else None
+        if source is not None:
+            node.replace_all_uses_with(source)
+            gm.graph.erase_node(node)
+    gm.graph.eliminate_dead_code()

@@ -24,15 +24,17 @@ class Example:
 def prefill(model: nn.Module, ids: Tensor, *, dynamic: bool = True) -> Example:
     """A whole text at once: `input_ids` `[batch, length]`, and an attention mask for encoders.
 
+    The length is dynamic, and for encoders the batch.
     Logits or hidden states of every token come out; nothing is kept for a next token.
     """
     model.config.use_cache = False
-    if dynamic and len(ids) == 1:
-        ids = torch.cat([ids, ids.flip(1)])  # an axis of one is taken for a constant
+    axes = {1: torch.export.Dim("length", min=2, max=_longest(model))}
     args = {"input_ids": ids}
-    if not hasattr(model, "generate") or not _generates(model):
-        args["attention_mask"] = torch.ones_like(ids)
-    axes = {0: torch.export.Dim("batch", min=1, max=4096), 1: torch.export.Dim("length", min=2, max=_longest(model))}
+    if not _generates(model):
+        if dynamic and len(ids) == 1:
+            ids = torch.cat([ids, ids.flip(1)])  # an axis of one is taken for a constant
+        args = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        axes[0] = torch.export.Dim("batch", min=1, max=4096)
     return Example(args, {name: dict(axes) for name in args} if dynamic else None)
 
 

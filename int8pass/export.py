@@ -272,7 +272,6 @@ def _repacked(exported: ExportedProgram, program: Program) -> ExportedProgram:
         module_call_graph=exported.module_call_graph,
         example_inputs=exported.example_inputs,
         constants=kept,
-        verifiers=exported.verifiers,
     )
 
 

@@ -23,7 +23,9 @@ def prepare(model: ir.Model, unsigned: bool) -> None:
 
     transpose_weights(model)
     name_linears(model)
-    onnxscript.optimizer.optimize(model, input_size_limit=FOLD_BYTES, output_size_limit=FOLD_BYTES)
+    onnxscript.optimizer.optimize(  # shapes are known from the translation
+        model, 1, onnx_shape_inference=False, input_size_limit=FOLD_BYTES, output_size_limit=FOLD_BYTES
+    )
     if unsigned:
         unsigned_activations(model)
     ir.passes.common.RemoveUnusedNodesPass()(model)
