@@ -9,6 +9,7 @@ the runtime named as target runs every one of them in int8, with the numbers of 
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import logging
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import ExportedProgram
+from torch.export import ExportedProgram, ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputSpec, TensorArgument
 from torch.utils import _pytree as pytree
 
@@ -269,10 +270,18 @@ def _repacked(exported: ExportedProgram, program: Program) -> ExportedProgram:
         graph_signature=ExportGraphSignature(inputs, outputs),
         state_dict=state,
         range_constraints=exported.range_constraints,
-        module_call_graph=exported.module_call_graph,
-        example_inputs=exported.example_inputs,
+        module_call_graph=[_flat_call(exported)],
+        example_inputs=None,  # with them, torch guards against inputs of other containers
         constants=kept,
     )
+
+
+def _flat_call(exported: ExportedProgram) -> ModuleCallEntry:
+    """A call with flat inputs and outputs: torch traces the program again for ONNX, and would make the user's
+    containers in there (an empty key/value cache holds tensors, which it then misses among its constants)."""
+    inputs = pytree.tree_structure((tuple(pytree.tree_leaves(exported.example_inputs)), {}))
+    outputs = pytree.tree_structure([0] * len(exported.graph_signature.user_outputs))
+    return ModuleCallEntry("", ModuleCallSignature([], [], inputs, outputs))
 
 
 def _renamed(argument: Any, node: Any) -> Any:
@@ -367,14 +376,12 @@ def _expected(
     exported: ExportedProgram, portable: ExportedProgram, args: Any
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """The flat inputs of the file, and what the portable form and the original model compute from them in PyTorch."""
-    positional, keywords = _arguments(args)
-
-    def outputs(program: ExportedProgram) -> list[Tensor]:
-        result = program.module(check_guards=False)(*positional, **keywords)
-        return [v.detach() for v in pytree.tree_leaves(result) if isinstance(v, Tensor)]
-
-    inputs = [v for v in pytree.tree_leaves((positional, keywords)) if isinstance(v, Tensor)]
-    return inputs, outputs(portable), outputs(exported)
+    flat = pytree.tree_leaves(copy.deepcopy(_arguments(args)))  # a cache would be written into
+    found = portable.module(check_guards=False)(*flat)
+    positional, keywords = copy.deepcopy(_arguments(args))
+    original = exported.module(check_guards=False)(*positional, **keywords)
+    inputs = [v for v in flat if isinstance(v, Tensor)]
+    return inputs, *([v for v in pytree.tree_leaves(r) if isinstance(v, Tensor)] for r in (found, original))  # type: ignore[return-value]
 
 
 __all__ = ["OPSETS", "TARGETS", "Export", "export_onnx"]

@@ -174,11 +174,7 @@ def fix(path: str | os.PathLike[str], output: str | os.PathLike[str] | None = No
         done = rewrite.unsigned_activations(model)
         counts.update({name: done for name in ("T2", "T4", "T5") if name in in_trap})
     counts["T9"] = rewrite.transpose_weights(model)
-    for linear in linears.find(model):
-        if TRAPS["T1"] in traps.traps_of(linear, opset):
-            add = traps.bias_node(linear)
-            assert add is not None
-            counts["T1"] += rewrite.fusing_bias(model, linear, add)
+    counts["T1"] = rewrite.fix_biases(model)
     ir.passes.common.RemoveUnusedNodesPass()(model)
     with files.staged(target) as folder:
         files.publish(files.write(model, folder, target), target)

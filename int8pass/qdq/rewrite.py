@@ -28,7 +28,47 @@ def prepare(model: ir.Model, unsigned: bool) -> None:
     )
     if unsigned:
         unsigned_activations(model)
+        split_norms(model)
+    fix_biases(model)
     ir.passes.common.RemoveUnusedNodesPass()(model)
+
+
+def split_norms(model: ir.Model) -> int:
+    """`LayerNormalization(Add(a, b))` ⇒ `LayerNormalization(Sum(a, b))`; returns how many.
+
+    ONNX Runtime (1.31) fuses the first into SkipLayerNormalization, whose CPU kernel takes several times as long as
+    the two ops.
+    """
+    count = 0
+    for node in list(model.graph):
+        if node.op_type != "LayerNormalization" or node.inputs[0] is None:
+            continue
+        add = node.inputs[0].producer()
+        if add is None or add.op_type != "Add" or add.outputs[0].is_graph_output():
+            continue
+        if any(constant_of(v) is not None for v in add.inputs):
+            continue
+        total = ir.Node("", "Sum", list(add.inputs), name=add.name)
+        total.metadata_props.update(add.metadata_props)
+        value, new = add.outputs[0], total.outputs[0]
+        new.name, new.dtype, new.shape = value.name, value.dtype, value.shape
+        model.graph.insert_before(add, total)
+        ir.convenience.replace_all_uses_with(value, new)
+        model.graph.remove(add, safe=True)
+        count += 1
+    return count
+
+
+def fix_biases(model: ir.Model) -> int:
+    """Biases in the form that fuses, wherever they are not (trap T1); returns how many were changed."""
+    from int8pass.qdq import linears, traps
+
+    opset, count = int(model.opset_imports.get("", 0)), 0
+    for linear in linears.find(model):
+        if traps.TRAPS["T1"] in traps.traps_of(linear, opset):
+            add = traps.bias_node(linear)
+            count += add is not None and fusing_bias(model, linear, add)
+    return count
 
 
 def name_linears(model: ir.Model) -> None:
