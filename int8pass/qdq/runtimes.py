@@ -161,7 +161,7 @@ def _openvino_kernels(executed: Any, linears: Sequence[Linear]) -> dict[str, Ker
             for key in ("layerType", "primitiveType", "runtimePrecision", "originalLayersNames")
         )
         if kind in {"FullyConnected", "MatMul"}:
-            for origin in origins.split(","):
+            for origin in (*origins.split(","), node.get_friendly_name()):  # fusion may leave either out
                 products[_ADDED.sub("", origin)] = (primitive, precision)
     kernels: dict[str, Kernel] = {}
     for linear in linears:
