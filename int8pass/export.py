@@ -13,10 +13,9 @@ import copy
 import itertools
 import json
 import logging
-import operator
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,7 +163,7 @@ def _step(progress: Progress, title: str) -> Iterator[None]:
 
 def _require_packages() -> None:
     try:
-        import onnx
+        import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ModuleNotFoundError as missing:
         raise UnsupportedError(f"exporting needs {missing.name}: pip install 'int8pass[onnx]'") from missing
@@ -180,7 +179,7 @@ def capture(model: nn.Module, args: Any, dynamic_shapes: Any = None) -> Exported
     try:
         with _quiet():
             return torch.export.export(model, positional, keywords, dynamic_shapes=dynamic_shapes, strict=False)
-    except Exception as error:  # noqa: BLE001  torch.export raises whatever the model's code raised
+    except Exception as error:
         reason = str(error).strip().split("\n\n")[0][:2000]
         raise CaptureError(f"torch.export cannot trace the model: {type(error).__name__}: {reason}") from error
 

@@ -112,6 +112,17 @@ def _producer(value: ir.Value | None, kinds: set[str]) -> ir.Node | None:
     return None
 
 
+def signed_input(linear: Linear) -> bool:
+    """Whether the activations of an integer product are int8, by the zero point of what made them or by their type."""
+    value = linear.node.inputs[INTEGER_OPS[linear.node.op_type][1]] if linear.node.op_type in INTEGER_OPS else None
+    made = _producer(value, {"QuantizeLinear"})
+    if made is not None and made.op_type == "QuantizeLinear" and len(made.inputs) > 2:
+        zero = constant_of(made.inputs[2])
+        if zero is not None:
+            return zero.dtype == ir.DataType.INT8
+    return value is not None and value.dtype == ir.DataType.INT8
+
+
 def module_of(node: ir.Node) -> str:
     """The module path a node carries: from int8pass by its name, from torch in its metadata, else from its name."""
     scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")

@@ -7,9 +7,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
+from onnx_ir.passes import common as passes
 
 from int8pass.errors import ExportError, OptionError
 from int8pass.qdq import files, linears, rewrite, runtimes, traps
@@ -121,7 +121,7 @@ def read(path: Path) -> ir.Model:
     if not model.graph.outputs:
         raise ExportError(f"{path} is no ONNX model, or an empty one: its graph has no outputs")
     _name_nodes(model)
-    ir.passes.common.ShapeInferencePass()(model)
+    passes.ShapeInferencePass()(model)
     return model
 
 
@@ -175,7 +175,7 @@ def fix(path: str | os.PathLike[str], output: str | os.PathLike[str] | None = No
         counts.update({name: done for name in ("T2", "T4", "T5") if name in in_trap})
     counts["T9"] = rewrite.transpose_weights(model)
     counts["T1"] = rewrite.fix_biases(model)
-    ir.passes.common.RemoveUnusedNodesPass()(model)
+    passes.RemoveUnusedNodesPass()(model)
     with files.staged(target) as folder:
         files.publish(files.write(model, folder, target), target)
     return {name: count for name, count in counts.items() if count}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common as passes
 
 if TYPE_CHECKING:
     from int8pass.qdq.linears import Linear
@@ -30,7 +31,7 @@ def prepare(model: ir.Model, unsigned: bool) -> None:
         unsigned_activations(model)
         split_norms(model)
     fix_biases(model)
-    ir.passes.common.RemoveUnusedNodesPass()(model)
+    passes.RemoveUnusedNodesPass()(model)
 
 
 def split_norms(model: ir.Model) -> int:
@@ -270,7 +271,8 @@ def fusing_bias(model: ir.Model, linear: Linear, add: ir.Node) -> bool:
     Rank 3: the bias as `[1, 1, N]`, which is no Gemm's. Rank 2: `Gemm(DQ(x), DQ(W), DQ(bias int32, s_x · s_W))`; the
     bias moves by at most half a step of the accumulator.
     """
-    bias = next((v for v in add.inputs if v is not None and constant_of(v) is not None and v is not linear.weight), None)
+    constants = (v for v in add.inputs if v is not None and constant_of(v) is not None)
+    bias = next((v for v in constants if v is not linear.weight), None)
     product = linear.node.outputs[0]
     rank = len(product.shape) if product.shape is not None else None
     if add.op_type == "Add" and rank == 3 and bias is not None:

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 
 from int8pass.errors import ExportError, UnsupportedError
-from int8pass.qdq.linears import INTEGER_OPS, Linear
+from int8pass.qdq.linears import INTEGER_OPS, Linear, signed_input
 
 Run = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
 
@@ -109,9 +109,8 @@ def open_onnxruntime(ort: Any, path: Path, linears: Sequence[Linear]) -> Opened:
 
 def _ort_kernels(optimized: onnx.ModelProto, linears: Sequence[Linear]) -> dict[str, Kernel]:
     nodes = list(optimized.graph.node)
-    types = {value.name: value.type.tensor_type.elem_type for value in optimized.graph.value_info}
     by_weight: dict[str, list[onnx.NodeProto]] = {}
-    by_name = {node.name: node for node in nodes}
+    by_name = {node.name.removesuffix("/MatMulAddFusion"): node for node in nodes}
     for node in nodes:
         for name in node.input:
             by_weight.setdefault(name, []).append(node)
@@ -120,14 +119,14 @@ def _ort_kernels(optimized: onnx.ModelProto, linears: Sequence[Linear]) -> dict[
         readers = [n for n in by_weight.get(str(linear.weight.name), []) if n.op_type in INTEGER_OPS]
         same = by_name.get(str(linear.node.name))
         node = same if same is not None and (same in readers or len(readers) != 1) else next(iter(readers), same)
-        kernels[str(linear.node.name)] = _ort_kernel(node, types)
+        kernels[str(linear.node.name)] = _ort_kernel(node, linear)
     return kernels
 
 
-def _ort_kernel(node: onnx.NodeProto | None, types: Mapping[str, int]) -> Kernel:
+def _ort_kernel(node: onnx.NodeProto | None, linear: Linear) -> Kernel:
     if node is None:
         return Kernel("float MatMul", False)
-    if node.op_type == "MatMulInteger" and types.get(node.input[0]) == onnx.TensorProto.INT8:
+    if node.op_type == "MatMulInteger" and signed_input(linear):
         return Kernel("MatMulInteger with signed activations", False)
     if node.op_type in ORT_INT8 | ORT_WEIGHT_ONLY:
         return Kernel(node.op_type, True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from int8pass.qdq.linears import Linear
+from int8pass.qdq.linears import Linear, signed_input
 from int8pass.qdq.rewrite import activation_quantizers, constant_of
 
 
@@ -160,10 +160,7 @@ def _after_relu(linear: Linear, opset: int) -> bool:
 
 
 def _signed_integers(linear: Linear, opset: int) -> bool:
-    if linear.node.op_type != "MatMulInteger":
-        return False
-    value = linear.node.inputs[0]
-    return value is not None and value.dtype == ir.DataType.INT8
+    return linear.node.op_type == "MatMulInteger" and signed_input(linear)
 
 
 def _does_not_load(linear: Linear, opset: int) -> bool:

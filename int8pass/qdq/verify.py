@@ -69,7 +69,8 @@ class Result:
 
     def __str__(self) -> str:
         kernels = ", ".join(f"{count} {name}" for name, count in self.kernels.most_common())
-        lines = [f"  {self.runtime}: {self.planned - len(self.fallbacks)} of {self.planned} linears in int8 ({kernels})"]
+        taken = self.planned - len(self.fallbacks)
+        lines = [f"  {self.runtime}: {taken} of {self.planned} linears in int8 ({kernels})"]
         lines += [f"    in float: {fallback}" for fallback in self.fallbacks]
         if self.distance is not None:
             verdict = "" if self.allowed is not None and self.distance <= self.allowed else ": TOO FAR"
@@ -109,7 +110,8 @@ def require_runtimes(target: str) -> None:
     for name in RUNTIMES[target]:
         if not runtimes.installed(name):
             raise UnsupportedError(
-                f"verifying a file for {target!r} needs {name}: pip install 'int8pass[onnx]', or export with verify=False"
+                f"verifying a file for {target!r} needs {name}: pip install 'int8pass[onnx]', "
+                "or export with verify=False"
             )
 
 

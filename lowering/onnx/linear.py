@@ -1,8 +1,8 @@
 """int8 linears as MatMul between two DequantizeLinear, the form that every runtime's int8 kernels are matched by.
 
-Weights are written `[K, N]` with the scale on axis 1: the transposed form `[N, K]` is fused only after its Transpose has
-been folded, at every load of the model. What depends on the row (its scale, its zero point, outlier columns) is applied
-after the product, in float.
+Weights are written `[K, N]` with the scale on axis 1: the transposed form `[N, K]` is fused only after its Transpose
+has been folded, at every load of the model. What depends on the row (its scale, its zero point, outlier columns) is
+applied after the product, in float.
 """
 
 from __future__ import annotations

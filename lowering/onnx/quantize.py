@@ -61,7 +61,8 @@ def _is_one(scale):
     made = scale.producer()
     if made is None or made.op_type != "Constant":
         return False
-    return made.attributes["value"].as_tensor().numpy().size == 1 and float(made.attributes["value"].as_tensor().numpy()) == 1.0
+    value = made.attributes["value"].as_tensor().numpy()
+    return value.size == 1 and float(value) == 1.0
 
 
 @ops.quantize_per_token.impl("onnx")
