@@ -14,6 +14,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -331,6 +332,9 @@ def to_onnx(portable: ExportedProgram, target: str) -> ir.Model:
     except torch.onnx.OnnxExporterError as error:
         raise _untranslated(portable, opset, error) from error
     assert made is not None
+    tensors = [n for n in portable.graph.nodes if n.name in portable.graph_signature.user_inputs]
+    for value, node in zip(made.model.graph.inputs, (n for n in tensors if isinstance(n.meta.get("val"), Tensor))):
+        value.name = node.name
     rewrite.prepare(made.model, unsigned=target != "tensorrt")
     return made.model
 
@@ -339,8 +343,9 @@ def _untranslated(portable: ExportedProgram, opset: int, error: Exception) -> Un
     """Which node of the model has no translation, for people."""
     cause = _root(error)
     text = str(cause)
+    named = re.search(r"op='\w+\.(\w+)'", text)  # perhaps what torch decomposed the model's op into
     for node in portable.graph.nodes:
-        if node.op == "call_function" and (repr(node.target) in text or str(node.target) in text):
+        if named and op_name(node).endswith(named[1]):
             return UnsupportedError(
                 f"{node.target} has no translation to ONNX opset {opset}: used by {module_path(node)} at "
                 f"{source_line(node)}. Write that part with other ops, or export the model without it."
