@@ -224,7 +224,7 @@ def export(
                 example.args,
                 output,
                 recipe=chosen,
-                target=target.value,  # type: ignore[arg-type]
+                target=target.value,
                 dynamic_shapes=example.dynamic_shapes,
                 verify={Verify.error: True, Verify.warn: "warn", Verify.off: False}[verify],  # type: ignore[arg-type]
                 progress=progress,

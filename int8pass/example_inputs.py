@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from int8pass.errors import UnsupportedError
 
@@ -21,7 +21,7 @@ class Example:
     dynamic_shapes: Axes | None
 
 
-def prefill(model: nn.Module, ids: Tensor, *, dynamic: bool = True) -> Example:
+def prefill(model: Any, ids: Tensor, *, dynamic: bool = True) -> Example:
     """A whole text at once: `input_ids` `[batch, length]`, and an attention mask for encoders.
 
     The length is dynamic, and for encoders the batch.
@@ -38,7 +38,7 @@ def prefill(model: nn.Module, ids: Tensor, *, dynamic: bool = True) -> Example:
     return Example(args, {name: dict(axes) for name in args} if dynamic else None)
 
 
-def decode(model: nn.Module, ids: Tensor, *, dynamic: bool = True) -> Example:
+def decode(model: Any, ids: Tensor, *, dynamic: bool = True) -> Example:
     """One more token after `ids` `[1, length]`: past keys and values go in, and come out longer by one.
 
     Raises:
@@ -59,7 +59,7 @@ def decode(model: nn.Module, ids: Tensor, *, dynamic: bool = True) -> Example:
         raise UnsupportedError(f"{type(model).__name__} keeps another kind of cache than keys and values per layer")
     past = {2: torch.export.Dim("past", min=1, max=_longest(model) - 1)}
     args = {"input_ids": ids[:, -1:], "past_key_values": cache, "use_cache": True}
-    shapes = {
+    shapes: Axes = {
         "input_ids": {},
         "past_key_values": [[dict(past) for _ in range(layers)], [dict(past) for _ in range(layers)]],
         "use_cache": None,

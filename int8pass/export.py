@@ -242,7 +242,7 @@ def _repacked(exported: ExportedProgram, program: Program) -> ExportedProgram:
     names: dict[str, str] = {}
     for attribute, constant in program.constants.used().items():
         name = _unused(_name(constant), state)
-        state[name] = store.value(constant, lambda p: tensors[specs[p.position].target])  # type: ignore[index]
+        state[name] = store.value(constant, lambda p: tensors[specs[p.position].target])
         node = graph.placeholder(f"b_{attribute}")
         node.meta["val"] = getattr(program.gm, attribute)
         names[attribute] = node.name

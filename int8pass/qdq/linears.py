@@ -87,7 +87,7 @@ def _stored(read: ir.Node | None) -> ir.Value | None:
     value = read.inputs[0]
     writer = value.producer()
     if writer is not None and writer.op_type == "QuantizeLinear":
-        value = writer.inputs[0]  # type: ignore[assignment]
+        value = writer.inputs[0]
     return value if constant_of(value) is not None else None
 
 

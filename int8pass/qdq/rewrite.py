@@ -79,7 +79,7 @@ def name_linears(model: ir.Model) -> None:
         read = node.inputs[1].producer() if node.op_type == "MatMul" and node.inputs[1] is not None else None
         if read is None or read.op_type != "DequantizeLinear" or constant_of(read.inputs[0]) is None:
             continue
-        name = path = str(read.inputs[0].name).split(".weight_int8")[0]  # type: ignore[union-attr]
+        name = path = str(read.inputs[0].name).split(".weight_int8")[0]
         uses = 1
         while name in taken:  # a weight that several linears share
             uses += 1
@@ -142,7 +142,7 @@ def _is_int8_matrix(value: ir.Value) -> bool:
 
 def _transpose_dequantized(model: ir.Model, node: ir.Node, done: dict[ir.Value, ir.Value]) -> int:
     """`Transpose(DequantizeLinear(W[N, K], s, z, axis=a))` ⇒ `DequantizeLinear(Wᵀ, s, z, axis=1-a)`"""
-    read = node.inputs[0].producer()  # type: ignore[union-attr]
+    read = node.inputs[0].producer()
     if read is None or read.op_type != "DequantizeLinear" or "block_size" in read.attributes:
         return 0
     weight = read.inputs[0]
@@ -297,11 +297,11 @@ def _integer_bias(model: ir.Model, linear: Linear, add: ir.Node) -> bool:
         return False
     scale = (scales[0].numpy().reshape(-1)[0] * scales[1].numpy()).astype(np.float32)  # type: ignore[union-attr]
     codes = np.clip(np.rint(values.numpy() / scale), -(2**31), 2**31 - 1).astype(np.int32)
-    stored = initializer(model, f"{bias.name}.int32", codes)  # type: ignore[union-attr]
-    step = initializer(model, f"{bias.name}.scale", np.broadcast_to(scale, codes.shape).copy())  # type: ignore[union-attr]
-    zero = initializer(model, f"{bias.name}.zero_point", np.zeros(codes.shape, np.int32))  # type: ignore[union-attr]
+    stored = initializer(model, f"{bias.name}.int32", codes)
+    step = initializer(model, f"{bias.name}.scale", np.broadcast_to(scale, codes.shape).copy())
+    zero = initializer(model, f"{bias.name}.zero_point", np.zeros(codes.shape, np.int32))
     read = ir.Node("", "DequantizeLinear", [stored, step, zero], [ir.AttrInt64("axis", 0)])
-    read.outputs[0].name = f"{bias.name}.dequantized"  # type: ignore[union-attr]
+    read.outputs[0].name = f"{bias.name}.dequantized"
     read.outputs[0].dtype, read.outputs[0].shape = ir.DataType.FLOAT, ir.Shape(codes.shape)
     model.graph.insert_before(add, read)
     if is_gemm:

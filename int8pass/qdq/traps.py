@@ -102,7 +102,7 @@ def bias_node(linear: Linear) -> ir.Node | None:
 def bias_of(add: ir.Node) -> ir.Value:
     """The constant operand of what `bias_node` found."""
     if add.op_type == "Gemm":
-        return add.inputs[2]  # type: ignore[return-value]
+        return add.inputs[2]
     return next(v for v in add.inputs if v is not None and constant_of(v) is not None)
 
 
@@ -173,9 +173,10 @@ def _does_not_load(linear: Linear, opset: int) -> bool:
 
 
 def _no_zero_point(linear: Linear, opset: int) -> bool:
-    nodes = [n for n in (linear.quantizer, linear.read) if n is not None and n.op_type != "DynamicQuantizeLinear"]
     q = linear.quantizer
-    return linear.form == "qdq" and any(n is q and (len(n.inputs) < 3 or n.inputs[2] is None) for n in nodes)
+    if linear.form != "qdq" or q is None or q.op_type == "DynamicQuantizeLinear":
+        return False
+    return len(q.inputs) < 3 or q.inputs[2] is None
 
 
 def _blocks(linear: Linear, opset: int) -> bool:
