@@ -3,8 +3,8 @@
     python -m benchmarks.onnx                     # MiniLM at length 128, one thread and two
     python -m benchmarks.onnx --models minilm smollm2
 
-Per model and thread count: interleaved medians in milliseconds, the relative error of the output to the float model, and
-the kernels each runtime chose. Everything in one run, written to benchmarks/results/onnx.json.
+Per model and thread count: interleaved medians in milliseconds, the relative error of the output to the float model,
+and the kernels each runtime chose. Everything in one run, written to benchmarks/results/onnx.json.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import json
 import statistics
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,7 +124,8 @@ def speed(made: dict[str, Path], feed: dict[str, np.ndarray], threads: int) -> d
         median = statistics.median(found[3:])
         base = statistics.median(times[f"{label.split()[0]} fp32"][3:])
         error = np.linalg.norm(outputs[label] - reference) / np.linalg.norm(reference)
-        result[label] = {"ms": round(1e3 * median, 2), "speedup": round(base / median, 2), "error": round(float(error), 5)}
+        figures = {"ms": 1e3 * median, "speedup": base / median, "error": float(error)}
+        result[label] = {name: round(value, 5) for name, value in figures.items()}
     return result
 
 

@@ -6,13 +6,13 @@ Runtime 1.31 (x86 CPU) unless its text says otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from int8pass.qdq.linears import Linear, signed_input
-from int8pass.qdq.rewrite import activation_quantizers, constant_of
+from int8pass.qdq.rewrite import constant_of
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,6 @@ TRAPS = {
 def traps_of(linear: Linear, opset: int) -> list[Trap]:
     """The traps a linear is in, in the order of `TRAPS`."""
     return [TRAPS[name] for name, check in _CHECKS.items() if check(linear, opset)]
-
-
-def loads(model: ir.Model) -> Iterator[Trap]:
-    """Traps of the whole file."""
-    for node in activation_quantizers(model):
-        zero = constant_of(node.inputs[2]) if len(node.inputs) > 2 else None
-        if zero is None:
-            yield TRAPS["T6"]
-            return
 
 
 def _zero(linear: Linear) -> ir.TensorProtocol | None:
