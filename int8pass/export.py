@@ -273,6 +273,7 @@ def _repacked(exported: ExportedProgram, program: Program) -> ExportedProgram:
         module_call_graph=[_flat_call(exported)],
         example_inputs=None,  # with them, torch guards against inputs of other containers
         constants=kept,
+        verifiers=exported.verifiers,  # of the dialect in which ops may write in place; torch.onnx takes that out
     )
 
 
