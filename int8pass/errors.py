@@ -8,6 +8,7 @@
     ├── GradientError        gradients were requested; the pass is for inference
     ├── CalibrationError     calibration data that is empty, non-finite or does not fit the model
     ├── UnsupportedError     a device or op without an implementation
+    ├── ExportError          an ONNX model that could not be written, read or verified
     └── StageError           a stage broke its contract: a bug in int8pass
 
 Every message says what was found, where (site, node, source line of the model where known) and what to do next.
@@ -46,6 +47,10 @@ class CalibrationError(Int8PassError):
 
 class UnsupportedError(Int8PassError):
     """A device or op without an implementation."""
+
+
+class ExportError(Int8PassError):
+    """An ONNX model could not be written, could not be read, or does not run in int8."""
 
 
 class StageError(Int8PassError):

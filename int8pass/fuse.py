@@ -37,6 +37,11 @@ def fuse(program: Program, merge: Callable[[fx.Node], bool] = lambda node: True)
     return log
 
 
+def fuse_linears(program: Program) -> RewriteLog:
+    """Only what makes int8 linears one op each: for a target whose compiler fuses the rest by itself."""
+    return apply_rules(program, (fuse_outlier_linear, fuse_linear, fuse_weight_only))
+
+
 def column_sums(codes: Tensor) -> Tensor:
     """`Σ_k codes[n, k]` as int32 [N]: what corrects a zero point."""
     return codes.sum(1, dtype=torch.int32)

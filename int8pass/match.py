@@ -225,6 +225,8 @@ def module_path(node: fx.Node) -> str:
     if not stack:
         return node.name
     path = str(list(stack.values())[-1][0])
+    if re.fullmatch(r"[\w.]+", path) and not path.startswith("L__self"):
+        return path  # torch.export's, which is the path itself
     keys = re.findall(r"\['([^']+)'\]|\.([A-Za-z_]\w*)|\[(\d+)\]", path)
     parts = [a or b or c for a, b, c in keys if (a or b or c) not in {"_modules", "self", "fn"}]
     return ".".join(parts) or node.name
