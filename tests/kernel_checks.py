@@ -173,10 +173,9 @@ def _w8a8_samples(device: torch.device) -> Iterator[Sample]:
     yield Sample("nan_scale", (codes, scale, None, weight, weight_scale, *none, dtype))
     wide = random_tensor(5, 40, device=device, dtype=torch.bfloat16)
     mixed = random_tensor(n, 40, device=device, seed=3)
-    yield Sample(
-        "mixed_outliers", (codes, scale[:1].expand(5, 1), None, weight, weight_scale, None, None, wide, mixed, None, dtype)
-    )
-    yield Sample("no_outliers", (codes, one, None, weight, weight_scale, None, None, wide[:, :0], mixed[:, :0], None, dtype))
+    plain = (codes, scale[:1].expand(5, 1), None, weight, weight_scale, None, None)
+    yield Sample("mixed_outliers", (*plain, wide, mixed, None, dtype))
+    yield Sample("no_outliers", (codes, one, *plain[2:], wide[:, :0], mixed[:, :0], None, dtype))
 
 
 def _w8a16_samples(device: torch.device) -> Iterator[Sample]:

@@ -146,7 +146,8 @@ def w8a8_args(
     return (
         empty(m, k, dtype=I8), empty(m, 1, dtype=F32), None if bare else empty(m, 1, dtype=I32), empty(n, k, dtype=I8),
         empty(n, dtype=F32), None if bare else empty(n, dtype=I32), None if bare else empty(n, dtype=dtype),
-        None if outlier is None else empty(m, r, dtype=dtype), None if outlier in (None, I8) else empty(n, r, dtype=outlier),
+        None if outlier is None else empty(m, r, dtype=dtype),
+        None if outlier is None or outlier == I8 else empty(n, r, dtype=outlier),
         empty(r, dtype=torch.int64) if outlier == I8 else None, dtype,
     )  # fmt: skip
 
