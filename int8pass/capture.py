@@ -49,6 +49,14 @@ class Program:
     def graph(self) -> fx.Graph:
         return self.gm.graph
 
+    def copy(self) -> Program:
+        """Another program of the same nodes, names and constants; editing one leaves the other as it is."""
+        gm = fx.GraphModule({}, fx.Graph())
+        for name, child in self.gm.named_children():  # subgraphs of higher-order operators
+            gm.add_module(name, child)
+        gm.graph.output(gm.graph.graph_copy(self.graph, {}))
+        return Program(gm, self.constants.copy(gm), self.fake_mode, list(self.placeholders), self.origins, {})
+
 
 def from_dynamo(gm: fx.GraphModule, inputs: Sequence[Any]) -> Program:
     """Retrace what Dynamo handed to the backend.

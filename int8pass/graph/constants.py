@@ -74,6 +74,14 @@ class Constants:
         self._names: dict[str, Constant] = {}
         self._by_constant: dict[Constant, str] = {}
 
+    def copy(self, gm: fx.GraphModule) -> Constants:
+        """The same constants under the same names, for another graph that reads them."""
+        copied = Constants(gm, self._fake_mode)
+        for name, constant in self._names.items():
+            copied._names[name], copied._by_constant[constant] = constant, name
+            object.__setattr__(gm, name, getattr(self._gm, name))
+        return copied
+
     def __getitem__(self, name: str) -> Constant:
         return self._names[name]
 

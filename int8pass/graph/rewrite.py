@@ -21,8 +21,12 @@ from int8pass.capture import Program
 from int8pass.graph.constants import Compute, Constant
 from lowering import registry
 
+LINEAR = "int8pass.linear"
+"""Metadata key: the name that a linear had when it was captured, on it and on everything that replaces it. Set by those
+who want to follow linears through the stages (`int8pass.inspect`)."""
+
 # Metadata that says where a node comes from; copied to what replaces it, so that reasons can name the source line.
-_PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node")
+_PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", LINEAR)
 
 
 @dataclass(frozen=True)

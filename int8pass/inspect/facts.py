@@ -115,6 +115,8 @@ class SiteRow:
     """(α, SQNR in dB) on a sample of tokens, int8 per token and per channel."""
     graph: int = 0
     """Which of Dynamo's graphs it was found in."""
+    fixes: tuple[tuple[str, float], ...] = ()
+    """(what could be changed, local SQNR it would give)"""
 
 
 @dataclass(frozen=True)
