@@ -114,7 +114,7 @@ class GraphObserver:
     def see_weights(self, arguments: Arguments, names: Mapping[int, str]) -> None:
         """Weights alone: their channels, their error, the smoothing; `names` are the model's, by id of the tensor."""
         final = self.variant(FINAL)
-        replay = Replay(self.captured, arguments)
+        replay, quantized = Replay(self.captured, arguments), Replay(final.program, arguments)
         for site in self.sites:
             numbers = self.numbers.setdefault(site.name, SiteNumbers())
             for reader in site.readers:
@@ -133,7 +133,7 @@ class GraphObserver:
                 if node is None:
                     continue
                 expected = weight.float() if numbers.smoothing is None else weight.float() * numbers.smoothing
-                found = Replay(final.program, arguments).constant_result(node)
+                found = quantized.constant_result(node)
                 if columns:
                     kept = torch.ones_like(expected[0]).index_fill(0, torch.tensor(columns, device=weight.device), 0)
                     expected, found = expected * kept, found.float() * kept
@@ -157,7 +157,8 @@ class _Walk:
         final = observer.variant(FINAL)
         self.quantized = Replay(final.program, arguments)
         self.names = [FINAL, NAIVE, SMOOTHED, *(FIXES if last else ())]
-        self.replays = {name: Replay(observer.variant(name).program, arguments) for name in self.names}
+        others = {name: Replay(observer.variant(name).program, arguments) for name in self.names[1:]}
+        self.replays = {FINAL: self.quantized, **others}
         self.ends = {node: linear for linear, node in final.ends.items()}
         self.ready: dict[str, Tensor] = {}
         self.pending: dict[fx.Node, dict[str, Tensor]] = {}
@@ -168,6 +169,8 @@ class _Walk:
         sources: dict[fx.Node, list[Site]] = {}
         for site in self.observer.sites:
             sources.setdefault(site.source, []).append(site)
+        while not self.quantized.done and self.quantized.nodes[self.quantized.position].op in ("placeholder", "get_attr"):
+            self.quantized.step()  # the packed weights, which its parts read too
         done, total = 0, len(self.observer.sites)
         progress("measure sites", 0, total)
         while not self.float.done:

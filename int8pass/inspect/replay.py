@@ -46,6 +46,7 @@ class Replay(fx.Interpreter):
         self.position = 0
         self.output: Any = None
         self.args_iter = iter(self._inputs())
+        self._store, self._stored = Store(), tuple[Constant, ...]()
 
     def _inputs(self) -> list[Any]:
         """The placeholders' values; what the graph writes into is copied, so that the caller's tensors stay."""
@@ -55,8 +56,10 @@ class Replay(fx.Interpreter):
         return [v.clone() if n in written and isinstance(v, Tensor) else v for n, v in zip(nodes, values)]
 
     def value(self, constant: Constant) -> Tensor:
-        """The real tensor of a constant."""
-        return Store().value(constant, lambda p: self.arguments[p.position])  # type: ignore[index]
+        """The real tensor of a constant. Those of one weight (codes and scale) come one after the other, and share."""
+        if constant.parameters() != self._stored:
+            self._store, self._stored = Store(), constant.parameters()
+        return self._store.value(constant, lambda p: self.arguments[p.position])  # type: ignore[index]
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Constants come from the parameters of this call."""
@@ -81,7 +84,7 @@ class Replay(fx.Interpreter):
 
     def constant_result(self, node: fx.Node) -> Tensor:
         """The value of a call whose arguments are constants, apart from the run."""
-        values = fx.node.map_arg(node.args, lambda n: self.get_attr(n.target, (), {}))
+        values = fx.node.map_arg(node.args, lambda n: self.get_attr(str(n.target), (), {}))
         return node.target(*values, **node.kwargs)  # type: ignore[operator]
 
     @property
@@ -119,35 +122,31 @@ class Part:
         self.ends = [ends[name] for name in linears]
         own, inside = set(linears), set[fx.Node]()
         todo = list(self.ends)
-        self.entry: fx.Node | None = None
+        self.entries = set[fx.Node]()
         while todo:
             node = todo.pop()
-            if node in inside or node.op == "placeholder":
-                continue
-            if node.meta.get(LINEAR) in own:
+            if node.meta.get(LINEAR) in own and node not in inside:
                 inside.add(node)
                 todo += node.all_input_nodes
-            elif node.op == "get_attr" or not node.all_input_nodes:
+            elif node.op == "get_attr":
                 inside.add(node)
-            else:
-                self.entry = node
+            elif node not in inside:
+                self.entries.add(node)
         self.nodes = [node for node in program.graph.nodes if node in inside]
 
     def run(
         self, x: Tensor, replay: Replay, see: Callable[[fx.Node, Any], None] = lambda node, value: None
     ) -> list[Tensor]:
         """The results for the input `x[..., K]`; `see` is shown every node's value. `replay` gives the constants."""
-        runner = Replay.__new__(Replay)
-        fx.Interpreter.__init__(runner, self.program.gm, garbage_collect_values=False)
-        runner.program, runner.arguments = self.program, replay.arguments
-        for node in self.program.graph.find_nodes(op="placeholder"):
-            runner.env[node] = x
-        if self.entry is not None:
-            runner.env[self.entry] = x
+        env: dict[fx.Node, Any] = dict.fromkeys(self.entries, x)
         for node in self.nodes:
-            runner.env[node] = runner.run_node(node)
-            see(node, runner.env[node])
-        return [runner.env[node] for node in self.ends]
+            if node.op == "get_attr":
+                env[node] = replay.env[node] if node in replay.env else replay.get_attr(node.target, (), {})
+            else:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+                env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            see(node, env[node])
+        return [env[node] for node in self.ends]
 
 
 def linear_names(site: Site) -> list[str]:
