@@ -147,6 +147,15 @@ class _Graph:
 
     def __call__(self, *arguments: Any) -> Any:
         collector = self.collector
+        try:
+            self._observe(arguments)
+        except Exception as failure:
+            collector.own_failure = failure  # not the model's: to be raised as it is
+            raise
+        return self.forward(*arguments)
+
+    def _observe(self, arguments: Arguments) -> None:
+        collector = self.collector
         collector.account(self.observer, arguments)
         if not self.meta:
             self.observer.see_weights(arguments, collector.names)
@@ -155,7 +164,6 @@ class _Graph:
             self.observer.measure(arguments, collector.last, alone, collector.progress)
             if collector.last:
                 self.time(arguments)
-        return self.forward(*arguments)
 
     def time(self, arguments: Arguments) -> None:
         """Times of all nodes, and what every scheme would cost and lose."""
@@ -214,6 +222,7 @@ class _Collector:
         self.breaks: dict[str, None] = {}
         self.sources = Sources()
         self.names = {id(m.weight): name for name, m in linears_of(model)}
+        self.own_failure: Exception | None = None
         self._explained: set[int] = set()
         self._read: set[int] = set()
 
@@ -223,6 +232,8 @@ class _Collector:
             run(self.model, args, self.backend)
         except Exception as failure:
             inner = failure if isinstance(failure, Int8PassError) else getattr(failure, "inner_exception", None)
+            if failure is self.own_failure:
+                raise
             if isinstance(inner, Int8PassError) and not isinstance(inner, CaptureError):
                 raise inner from failure
             raise self._capture_error(failure, inner, args, title) from failure
@@ -391,7 +402,7 @@ def _weights_behind(node: fx.Node) -> list[fx.Node]:
 
 
 def _refused(refusal: Refusal) -> tuple[str, RefusedLinear]:
-    return refusal.linear, RefusedLinear(refusal.linear, refusal.reason, refusal.source)
+    return refusal.linear, RefusedLinear(refusal.linear, refusal.reason, refusal.source, refusal.asked)
 
 
 def _break(reason: Any) -> str:

@@ -127,6 +127,8 @@ class RefusedLinear:
     reason: str
     source: str
     """`file:line: code` in the user's model; "" when unknown."""
+    asked: bool = False
+    """The settings ask for it: no fallback."""
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from torch.utils import _pytree as pytree
 
 from int8pass.capture import Program
 from int8pass.graph.pattern import op_name
+from int8pass.graph.rewrite import LINEAR, RewriteLog
 from int8pass.inspect.numbers import Noise, SiteNumbers, alpha_curve
 from int8pass.inspect.replay import Arguments, Part, Replay, linear_names, results
-from int8pass.graph.rewrite import LINEAR, RewriteLog
 from int8pass.match import Site, match
 from int8pass.pipeline import Facts, Watch, to_portable
 from int8pass.recipe import Recipe

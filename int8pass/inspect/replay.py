@@ -44,7 +44,8 @@ class Replay(fx.Interpreter):
         self.program, self.arguments = program, arguments
         self.nodes: list[fx.Node] = list(program.graph.nodes)
         self.position = 0
-        self.output: Any = None
+        self.result: Any = None
+        """Of the graph, once it is done."""
         self.args_iter = iter(self._inputs())
         self._store, self._stored = Store(), tuple[Constant, ...]()
 
@@ -74,7 +75,7 @@ class Replay(fx.Interpreter):
         result = self.env[node] = self.run_node(node)
         self.drop_unread(node)
         if node.op == "output":
-            self.output = result
+            self.result = result
         return node, result
 
     def drop_unread(self, node: fx.Node) -> None:
@@ -95,7 +96,7 @@ class Replay(fx.Interpreter):
         """Run what is left; the graph's output."""
         while not self.done:
             self.step()
-        return self.output
+        return self.result
 
     def fork(self, replaced: Mapping[fx.Node, Tensor]) -> Any:
         """The output, when the nodes still to come that are in `replaced` give these values. This replay stays put."""
@@ -109,9 +110,9 @@ class Replay(fx.Interpreter):
                 self.position += 1
                 self.env[node] = replaced[node]
                 self.drop_unread(node)
-            return self.output
+            return self.result
         finally:
-            self.position, self.env, self.output = position, env, None
+            self.position, self.env, self.result = position, env, None
 
 
 class Part:

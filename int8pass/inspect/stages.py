@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import operator
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +14,7 @@ from int8pass.capture import Program
 from int8pass.graph.pattern import op_name
 from int8pass.graph.rewrite import LINEAR
 from int8pass.inspect.facts import Node, Stage
-from int8pass.match import source_line
+from int8pass.match import dotted_path, source_line
 
 NAMES = {
     "captured": "captured", "normalized": "normalized", "smoothed": "smoothed", "portable": "quantized",
@@ -74,7 +72,7 @@ def kind_of(node: fx.Node) -> str:
 
 def shape_of(value: Any) -> str:
     """`f32[1, 64, 576]`, several with commas between; symbolic sizes by their names."""
-    leaves = pytree.tree_leaves(value)
+    leaves = [v for v in pytree.tree_leaves(value) if v is not None]
     shown = [
         f"{_DTYPES.get(v.dtype, str(v.dtype).removeprefix('torch.'))}[{', '.join(map(str, v.shape))}]"
         if isinstance(v, Tensor) else str(v)
@@ -86,13 +84,7 @@ def shape_of(value: Any) -> str:
 def module_of(node: fx.Node) -> str:
     """Dotted path of the innermost module a node comes from; of a parameter, the module that holds it."""
     stack = node.meta.get("nn_module_stack") or {}
-    return _path(str(list(stack.values())[-1][0])) if stack else ""
-
-
-@functools.lru_cache(maxsize=4096)
-def _path(path: str) -> str:
-    keys = re.findall(r"\['([^']+)'\]|\.([A-Za-z_]\w*)|\[(\d+)\]", path)
-    return ".".join(k for k in map("".join, keys) if k not in {"_modules", "self", "fn"})
+    return dotted_path(str(list(stack.values())[-1][0])) if stack else ""
 
 
 def code_of(node: fx.Node, program: Program) -> str:

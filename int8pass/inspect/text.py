@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from int8pass.inspect.facts import Facts, RefusedLinear, SiteRow
-from int8pass.inspect.worst import override, worst_sites
+from int8pass.inspect.worst import ENOUGH, override, worst_sites
 
-GOOD, FAIR = 35.0, 25.0
+GOOD, FAIR = ENOUGH, 25.0
 """dB: above GOOD is green, above FAIR yellow, else red."""
 
 
@@ -38,7 +38,7 @@ def render(report: Facts, top_k: int | None = None) -> str:
     columns = columns_of(_shown(report.sites, top_k))
     if report.sites:
         rows = zip(*((c.title, *c.cells) for c in columns))
-        lines += ["", *_aligned([tuple(row) for row in rows])]
+        lines += ["", *aligned([tuple(row) for row in rows])]
         lines += _left_out(report, top_k)
     else:
         lines += ["", "no site: no linear of this model was taken"]
@@ -185,7 +185,7 @@ def _tail(report: Facts) -> list[tuple[str, list[str]]]:
         parts.append(("linears not taken:", [line for refused in report.refused for line in _refused(refused)]))
     worst = worst_sites(report.sites, 5)
     if worst:
-        parts.append(("worst sites:", _aligned([("", *_worst(site)) for site in worst])))
+        parts.append(("worst sites:", aligned([("", *_worst(site)) for site in worst])))
     fix = override(report)
     if fix:
         parts.append(("an override for them, to paste:", [f"  {line}".rstrip() for line in fix.splitlines()]))
@@ -207,7 +207,7 @@ def _schemes(report: Facts) -> list[str]:
         ratio = f"{point.seconds / original:.2f}"
         cells = (point.name, f"{point.sqnr:.1f}", f"{point.seconds * 1e3:.1f}", ratio, f"{point.bytes / 1e6:.1f}")
         rows.append(("", *cells))
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _refused(refused: RefusedLinear) -> list[str]:
@@ -215,7 +215,8 @@ def _refused(refused: RefusedLinear) -> list[str]:
     return [*lines, f"      {shorten(refused.source)}"] if refused.source else lines
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows as lines, every column as wide as its widest cell."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 
@@ -244,4 +245,4 @@ def shorten(source: str) -> str:
     return source.replace(folder, "")
 
 
-__all__ = ["columns_of", "coloured", "decibels", "render", "shorten"]
+__all__ = ["aligned", "coloured", "columns_of", "decibels", "render", "shorten"]

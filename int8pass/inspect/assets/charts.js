@@ -58,18 +58,17 @@ function channelChart(title, before, after, pool, marked) {
       values.push({ channel: i * pool, value: Math.max(v, floor), floor: floor / 2, series })));
     const scale = { type: "log", domain: [floor / 2, ceiling * 2], nice: false };
     const x = { field: "channel", type: "quantitative", scale: { nice: false, domainMin: 0, domainMax: before.length * pool } };
+    const color = { field: "series", type: "nominal", title: null, sort: null, legend: { orient: "bottom" },
+      scale: { domain: ["before smoothing", "after smoothing"], range: [colour("bad"), colour("accent")] } };
+    const tooltip = [{ field: "channel" }, { field: "value", format: ".3g" }, { field: "series" }];
     const rules = marked.map((channel) => ({ channel: Math.floor(channel / pool) * pool, floor: floor / 2 }));
     return {
       ...SIZE, title, layer: [
-        { data: { values: rules }, mark: { type: "rule", color: colour("bad"), opacity: 0.35, strokeWidth: 2 },
-          encoding: { x } },
-        { data: { values }, mark: { type: "rule", strokeWidth: 1.1, opacity: 0.75 },
-          encoding: {
-            x, y: { field: "floor", type: "quantitative", scale, title: "max (log)" }, y2: { field: "value" },
-            color: { field: "series", type: "nominal", title: null, sort: null, legend: { orient: "bottom" },
-              scale: { domain: ["before smoothing", "after smoothing"], range: [colour("mark"), colour("accent")] } },
-            tooltip: [{ field: "channel" }, { field: "value", format: ".3g" }, { field: "series" }],
-          } },
+        ...(rules.length ? [{ data: { values: rules }, mark: { type: "rule", color: colour("fair"), opacity: 0.4, strokeWidth: 2 }, encoding: { x } }] : []),
+        { data: { values: values.filter((row) => row.series === "after smoothing") }, mark: { type: "rule", strokeWidth: 1, opacity: 0.6 },
+          encoding: { x, y: { field: "floor", type: "quantitative", scale, title: "max (log)" }, y2: { field: "value" }, color, tooltip } },
+        { data: { values: values.filter((row) => row.series === "before smoothing") }, mark: { type: "point", filled: true, size: 7, opacity: 1 },
+          encoding: { x, y: { field: "value", type: "quantitative", scale }, color, tooltip } },
       ],
     };
   };
@@ -110,8 +109,8 @@ function histogramChart(histogram) {
           x: { field: "from", type: "quantitative", title: "value" }, x2: { field: "to" },
           y: { field: "floor", type: "quantitative", title: "count (log)", scale: { type: "log" } }, y2: { field: "count" },
           tooltip: [{ field: "from", format: ".3g" }, { field: "to", format: ".3g" }, { field: "count" }] } },
-        { data: { values: clip }, mark: { type: "rule", color: colour("bad"), strokeWidth: 2 },
-          encoding: { x: { field: "at", type: "quantitative" }, tooltip: [{ field: "at", title: "clip", format: ".4g" }] } },
+        ...(clip.length ? [{ data: { values: clip }, mark: { type: "rule", color: colour("bad"), strokeWidth: 2 },
+          encoding: { x: { field: "at", type: "quantitative" }, tooltip: [{ field: "at", title: "clip", format: ".4g" }] } }] : []),
       ],
     };
   };

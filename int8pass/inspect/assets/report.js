@@ -74,7 +74,7 @@ function drawSite() {
   const c = site.channels;
   const above = new Set(c ? c.above.filter(([, share]) => share >= 0.06).map(([channel]) => channel) : []);
   const marked = site.outlier_columns.length ? site.outlier_columns : [...above];
-  const what = site.outlier_columns.length ? "red: outlier columns" : "red: |x| ≥ 6 for 6% of tokens or more";
+  const what = site.outlier_columns.length ? "yellow: outlier columns" : "yellow: |x| ≥ 6 for 6% of tokens or more";
   chart("chart-x", c && c.x_before.length ? channelChart(`|X| by channel; ${what}`, c.x_before, c.x_after, c.pool, marked) : null);
   chart("chart-w", c ? channelChart("|W| by input channel", c.w_before, c.w_after, c.pool, marked) : null);
   chart("chart-alpha", alphaChart(site));
