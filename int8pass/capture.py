@@ -55,7 +55,9 @@ class Program:
         for name, child in self.gm.named_children():  # subgraphs of higher-order operators
             gm.add_module(name, child)
         gm.graph.output(gm.graph.graph_copy(self.graph, {}))
-        return Program(gm, self.constants.copy(gm), self.fake_mode, list(self.placeholders), self.origins, {})
+        return Program(
+            gm, self.constants.copy(gm), self.fake_mode, list(self.placeholders), self.origins, self.evaluated
+        )
 
 
 def from_dynamo(gm: fx.GraphModule, inputs: Sequence[Any]) -> Program:

@@ -1,6 +1,7 @@
 """The `int8pass` command: run, inspect, calibrate.
 
-The only module that imports typer; rich is imported here and by the text of a report. The table and the progress display are used by the examples too.
+The only module that imports typer; rich is imported here and by the text of a report. The table and the display of
+progress are used by the examples too.
 """
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ def inspect(
         float | None, typer.Option(help="Exit with 3 when a site's SQNR is less: local, without --text of its weights.")
     ] = None,
     fail_on_fallback: Annotated[
-        bool, typer.Option("--fail-on-fallback", help="Exit with 3 when a linear is refused that the recipe does not leave out.")
+        bool, typer.Option("--fail-on-fallback", help="Exit with 3 when a linear is refused that should be taken.")
     ] = False,
 ) -> None:
     """Show what int8 does with MODEL: every site, its errors and costs, every linear not taken and why."""
@@ -185,13 +186,13 @@ def inspect(
                 return command.report_on(request(settings), load, progress)
 
             if diff is not None:
-                print(command.compare(*diff, inspected))
+                typer.echo(command.compare(*diff, inspected))
                 return
             report = inspected(recipe)
         command.save(report, tuple(output or ()), stage)
         console = Console()
         # not through the console: its own line breaks would spoil what is piped
-        print(report.to_json() if as_json else command.shown(report, top_k, stage, console.is_terminal))
+        typer.echo(report.to_json() if as_json else command.shown(report, top_k, stage, console.is_terminal))
         for path in output or ():
             Console(stderr=True).print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
         failed = command.failures(report, fail_under_db, fail_on_fallback)
@@ -209,7 +210,7 @@ def _inspection_reported() -> Iterator[None]:
             yield
         except CaptureError as failure:
             if isinstance(failure.partial, int8pass.Report) and failure.partial.graphs:
-                print(failure.partial)
+                typer.echo(failure.partial)
             raise
 
 

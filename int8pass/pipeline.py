@@ -84,13 +84,18 @@ def to_portable(
     return facts
 
 
-def to_lowered(program: Program, facts: Facts, watch: Watch = lambda stage, program: None) -> None:
-    """Portable form → implementations for the device of its tensors, in place."""
+def to_fused(program: Program, facts: Facts, watch: Watch = lambda stage, program: None) -> None:
+    """Portable form → fused ops, in place."""
     facts.fused = fuse(program)
     dialect.check(program, "fused")
     watch("fused", program)
+
+
+def to_lowered(program: Program, facts: Facts, watch: Watch = lambda stage, program: None) -> None:
+    """Portable form → implementations for the device of its tensors, in place."""
+    to_fused(program, facts, watch)
     facts.implementations = choose_implementations(program)
     watch("lowered", program)
 
 
-__all__ = ["Facts", "to_lowered", "to_normalized", "to_portable"]
+__all__ = ["Facts", "to_fused", "to_lowered", "to_normalized", "to_portable"]

@@ -1,4 +1,4 @@
-"""Inspection: facts of a compilation → a report → terminal, HTML, JSON, DOT, SVG. What happened to every linear, and why."""
+"""Inspection: facts of a compilation → a report → terminal, HTML, JSON, DOT, SVG: what became of every linear."""
 
 from int8pass.inspect.collect import inspect
 from int8pass.inspect.facts import RefusedLinear, SiteRow

@@ -96,6 +96,7 @@ class _Graph:
     def __init__(self, collector: _Collector, index: int, gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
         self.collector, self.index, self.forward = collector, index, gm.forward
         program = from_dynamo(gm, inputs)
+        self.meta = any(isinstance(v, Tensor) and v.device.type == "meta" for v in inputs)
         self.shown: dict[str, Program] = {}
         self.stages: list[Stage] = []
         log = pipeline.to_normalized(program, self._watch)
@@ -104,7 +105,6 @@ class _Graph:
         self.facts = self.observer.variant(FINAL).facts
         self.lowered, self.sites = self._lower(self.observer.variant(FINAL).program, self.facts), self.site_of_linear()
         self._show_fused()
-        self.meta = any(isinstance(v, Tensor) and v.device.type == "meta" for v in inputs)
         self.runtime: list[Ran] = []
         self.seconds: dict[str, tuple[float, float]] = {}
         self.schemes: list[SchemePoint] = []
@@ -128,7 +128,9 @@ class _Graph:
                 if facts is not None:
                     self.fused = program.copy()
 
-        pipeline.to_lowered(program, facts or pipeline.Facts(), watch)
+        # The meta device runs nothing, so there is nothing to choose for it.
+        lower = pipeline.to_fused if self.meta else pipeline.to_lowered
+        lower(program, facts or pipeline.Facts(), watch)
         return timing.Lowered(program, ops)
 
     def _show_fused(self) -> None:
@@ -211,9 +213,7 @@ def _comparable(recipe: Recipe) -> dict[str, Recipe]:
 class _Collector:
     """All graphs of one inspection."""
 
-    def __init__(
-        self, model: nn.Module, recipe: Recipe, sensitivity: bool, schemes: bool, progress: Progress
-    ) -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe, sensitivity: bool, schemes: bool, progress: Progress) -> None:
         self.model, self.recipe, self.sensitivity, self.schemes = model, recipe, sensitivity, schemes
         self.progress = progress
         self.measuring = self.first = self.last = False
@@ -268,8 +268,9 @@ class _Collector:
         for name, module in linears_of(self.model):
             if id(module.weight) in self._explained:
                 continue
-            read = id(module.weight) in self._read
-            reason = "a graph reads its weight, but in no linear" if read else "no graph reads its weight: on these inputs it did not run"
+            reason = "no graph reads its weight: on these inputs it did not run"
+            if id(module.weight) in self._read:
+                reason = "a graph reads its weight, but in no linear"
             found.append(RefusedLinear(name, reason, ""))
         return found
 
@@ -299,12 +300,14 @@ class _Collector:
 
     def _schemes(self) -> tuple[SchemePoint, ...]:
         """Of the largest graph: outputs of parts of a model cannot be added up."""
-        return tuple(max((g.schemes for g in self.graphs), key=len, default=[]))
+        largest = max(self.graphs, key=lambda g: len(g.observer.sites), default=None)
+        return tuple(largest.schemes) if largest else ()
 
     def _row(self, graph: _Graph, site: Site, scheme: Scheme, columns: int) -> SiteRow:
         numbers = self.numbers.get(site.name, SiteNumbers())
         settings = self.recipe.at(site.name)
-        errors = {name: numbers.noise(name).sqnr for name in (NAIVE, SMOOTHED, FINAL)}
+        naive, smoothed, final = (numbers.noise(name).sqnr for name in (NAIVE, SMOOTHED, FINAL))
+        errors = Errors(numbers.weight.sqnr, naive, smoothed, final, numbers.cumulative.sqnr, numbers.alone)
         smoothing = graph.facts.smoothing.reasons.get(site.name, "")
         if site.name in graph.facts.smoothing.vectors:
             smoothing = "multiply" if smoothing else "folded"
@@ -317,7 +320,7 @@ class _Collector:
             smoothed_channels=0 if numbers.smoothing is None else int((numbers.smoothing != 1).sum()),
             outlier_columns=tuple(settings.columns) if scheme.outliers == "static" else (),
             absmax=numbers.absmax(), spread=numbers.spread(),
-            errors=Errors(numbers.weight.sqnr, *errors.values(), numbers.cumulative.sqnr, numbers.alone),
+            errors=errors,
             bytes=(timing.weight_bytes(site), graph.lowered.bytes_of(site)),
             seconds=graph.seconds.get(site.name), tokens=numbers.tokens, channels=numbers.channels(),
             histogram=numbers.histograms.facts(), curve=numbers.curve, graph=graph.index,
@@ -360,7 +363,7 @@ class _Collector:
         try:
             with torch.no_grad():
                 _call(self.model, args)
-        except Exception as eager:
+        except Exception as eager:  # noqa: BLE001  a model may raise anything
             return f"the model itself fails on these inputs ({type(eager).__name__}): give inputs it runs with"
         return (
             "the model runs eagerly, but torch.compile cannot trace this line: take it out of the graph with "
@@ -377,7 +380,9 @@ def linears_of(model: nn.Module) -> Iterable[tuple[str, Any]]:
     """Modules with a 2-D weight that multiplies (tables of embeddings are looked up): name and module."""
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter) and weight.dim() == 2 and not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            continue
+        if isinstance(weight, nn.Parameter) and weight.dim() == 2:
             yield name, module
 
 

@@ -16,7 +16,7 @@ from int8pass.inspect.compare import diff
 from int8pass.inspect.observe import Progress
 from int8pass.inspect.report import Report, renderer, write
 from int8pass.inspect.subject import Load, Subject, resolve, text_batches
-from int8pass.inspect.worst import loss
+from int8pass.inspect.worst import UNKNOWN, loss
 from int8pass.recipe import Recipe
 
 STAGES = ("captured", "normalized", "smoothed", "quantized", "fused")
@@ -90,11 +90,13 @@ def shown(report: Report, top_k: int | None, stage: str | None, terminal: bool) 
     if stage is not None:
         found = [s for s in report.stages if s.name == stage]
         if not found:
-            raise OptionError(f"--stage {stage}: this report has {', '.join(s.name for s in report.stages) or 'no stage'}")
+            names = ", ".join(s.name for s in report.stages)
+            raise OptionError(f"--stage {stage}: this report has {names or 'no stage'}")
         lines = []
         for one in found:
             lines += [f"# graph {one.graph + 1} of {report.graphs}, {one.name}: {len(one.nodes)} nodes"]
-            lines += [f"{node.code:<70}  # {node.shape}" for node in one.nodes if node.op not in ("constant", "getitem")]
+            calls = [node for node in one.nodes if node.op not in ("constant", "getitem")]
+            lines += [f"{node.code:<70}  # {node.shape}" for node in calls]
         return "\n".join(lines)
     return (text.coloured if terminal else text.render)(report, top_k)
 
@@ -103,8 +105,9 @@ def failures(report: Report, fail_under_db: float | None, fail_on_fallback: bool
     """Why a run with these limits fails; nothing when it does not."""
     found = []
     if fail_under_db is not None:
-        measured = [(loss(s), s.name) for s in report.sites if loss(s) < 1e9]
-        found += [f"{name}: {value:.1f} dB is under {fail_under_db:g}" for value, name in sorted(measured) if value < fail_under_db]
+        measured = sorted((loss(s), s.name) for s in report.sites if loss(s) < UNKNOWN)
+        bad = [(value, name) for value, name in measured if value < fail_under_db]
+        found += [f"{name}: {value:.1f} dB is under {fail_under_db:g}" for value, name in bad]
         if not measured:
             found.append("nothing was measured, so --fail-under-db cannot be met")
     if fail_on_fallback:
@@ -127,4 +130,3 @@ def _is_report(name: str) -> bool:
 
 
 __all__ = ["Request", "compare", "failures", "inspect_subject", "report_on", "save", "shown"]
-

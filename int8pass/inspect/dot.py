@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from int8pass.inspect.facts import Facts, Node, Stage
 from int8pass.inspect.text import FAIR, GOOD, decibels
-from int8pass.inspect.worst import loss
+from int8pass.inspect.worst import UNKNOWN, loss
 
 COLOURS = {"good": "#1a7f37", "fair": "#9a6700", "bad": "#cf222e", "": "#57606a"}
 SKIPPED = {"constant", "getitem"}
@@ -71,8 +71,8 @@ def _graph(report: Facts, stage: Stage) -> Iterator[str]:
             indent = "    "
         for node in nodes:
             site = sites.get(node.site)
-            lines = [node.op, node.shape] + ([f"{decibels(loss(site))} dB"] if site and loss(site) < 1e9 else [])
-            colour = COLOURS[level(loss(site))] if site and loss(site) < 1e9 else COLOURS[""]
+            lines = [node.op, node.shape] + ([f"{decibels(loss(site))} dB"] if site and loss(site) < UNKNOWN else [])
+            colour = COLOURS[level(loss(site))] if site and loss(site) < UNKNOWN else COLOURS[""]
             label = _quoted("\n".join(filter(None, lines)))
             yield f'{indent}"{stage.graph}_{node.name}" [label={label}, color="{colour}"];'
         if module:

@@ -60,7 +60,7 @@ class Histograms:
     def values(self, x: Tensor) -> None:
         """Count the values of `x`."""
         largest = float(x.abs().max()) if x.numel() else 0.0
-        if not math.isfinite(largest) or largest == 0:
+        if not math.isfinite(largest) or not (self.bound or largest):
             return
         self.bound = self.bound or largest
         while largest > self.bound:

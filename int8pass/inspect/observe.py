@@ -169,7 +169,9 @@ class _Walk:
         sources: dict[fx.Node, list[Site]] = {}
         for site in self.observer.sites:
             sources.setdefault(site.source, []).append(site)
-        while not self.quantized.done and self.quantized.nodes[self.quantized.position].op in ("placeholder", "get_attr"):
+        for node in self.quantized.nodes:
+            if node.op not in ("placeholder", "get_attr"):
+                break
             self.quantized.step()  # the packed weights, which its parts read too
         done, total = 0, len(self.observer.sites)
         progress("measure sites", 0, total)
@@ -191,9 +193,7 @@ class _Walk:
             variant = self.observer.variant(name)
             smooths = name in (FINAL, SMOOTHED, FIXES[0], FIXES[1]) and not variant.multiplies(site.name)
             see = _codes_into(numbers) if name == FINAL else _nothing
-            found[name] = variant.parts[site.name].run(
-                numbers.smooth(x) if smooths else x, self.replays[name], see
-            )
+            found[name] = variant.parts[site.name].run(numbers.smooth(x) if smooths else x, self.replays[name], see)
         for i, reader in enumerate(site.readers):
             self.pending[reader.node] = {name: values[i] for name, values in found.items()}
         if self.expected is not None:
@@ -266,4 +266,3 @@ def _key(recipe: Recipe) -> tuple[object, ...]:
 
 
 __all__ = ["FINAL", "FIXES", "NAIVE", "SMOOTHED", "GraphObserver", "Progress", "Variant", "tensors_of", "with_schemes"]
-

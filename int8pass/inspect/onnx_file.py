@@ -1,7 +1,7 @@
-"""Facts of an ONNX file: which products have int8 weights and activations on the paper, and what ONNX Runtime made of it.
+"""Facts of an ONNX file: which products are int8 on paper, and what ONNX Runtime made of it.
 
-Reads any QDQ or QOperator model, whoever wrote it. What a QDQ pattern says is a plan: the runtime's optimized graph says
-what became of it, so that is run once, on zeros, when onnxruntime is installed.
+Reads any QDQ or QOperator model, whoever wrote it. A QDQ pattern is a plan: the runtime's optimized graph says what
+became of it, so that is run once, on zeros, when onnxruntime is installed.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _shape(value: Any, onnx: Any) -> str:
     return f"{onnx.TensorProto.DataType.Name(tensor.elem_type).lower()}[{', '.join(dims)}]"
 
 
-def _product(node: Any, graph: _Graph) -> SiteRow | RefusedLinear | None:
+def _product(node: Any, graph: _Graph) -> SiteRow | RefusedLinear:
     """A row for an int8 product, a refusal for a float one with a constant weight."""
     x_at, w_at = PRODUCTS[node.op_type]
     weight = graph.constant(node.input[w_at])
@@ -112,7 +112,8 @@ def _product(node: Any, graph: _Graph) -> SiteRow | RefusedLinear | None:
         kind = "both operands are activations" if weight is None else f"its weight has {len(weight.dims)} dimensions"
         return RefusedLinear(name, f"{node.op_type}: {kind}", _origin(node))
     if weight.data_type not in _INT8:
-        return RefusedLinear(name, f"{node.op_type}: its weight is float, there is no DequantizeLinear on it", _origin(node))
+        reason = f"{node.op_type}: its weight is float, there is no DequantizeLinear on it"
+        return RefusedLinear(name, reason, _origin(node))
     transposed = node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute)
     transposed ^= _flips(node.input[w_at], graph)
     n, k = (weight.dims[0], weight.dims[1]) if transposed else (weight.dims[1], weight.dims[0])
@@ -203,7 +204,7 @@ def _ran(path: Path, graph: _Graph) -> tuple[list[Ran], str]:
             feeds = {i.name: _zeros(i, numpy) for i in session.get_inputs()}
             session.run(None, feeds)
             session.run(None, feeds)
-        except Exception as failure:  # onnxruntime raises classes of its own for every status
+        except Exception as failure:  # noqa: BLE001  onnxruntime raises classes of its own for every status
             return [], f"ONNX Runtime does not run it: {str(failure).splitlines()[0]}"
         events = json.loads(Path(session.end_profiling()).read_text())
     return list(_rows(events)), NOTE.format(size=_SIZE)

@@ -10,12 +10,12 @@ import json
 
 from int8pass.inspect.facts import Facts
 from int8pass.inspect.text import FAIR, GOOD
-from int8pass.inspect.worst import loss
+from int8pass.inspect.worst import UNKNOWN, loss
 
 
 def render(report: Facts) -> str:
     """JSON: SQNR in dB of every quantized linear, by the node's name in the captured graph."""
-    measured = {site.name: loss(site) for site in report.sites if loss(site) < 1e9}
+    measured = {site.name: loss(site) for site in report.sites if loss(site) < UNKNOWN}
     graphs = {}
     for stage in report.stages:
         if stage.name != "normalized":  # the first stage whose linears are known by site

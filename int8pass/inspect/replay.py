@@ -145,7 +145,7 @@ class Part:
                 env[node] = replay.env[node] if node in replay.env else replay.get_attr(node.target, (), {})
             else:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
-                env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                env[node] = node.target(*args, **kwargs)
             see(node, env[node])
         return [env[node] for node in self.ends]
 

@@ -84,7 +84,8 @@ def _made(name: str, device: torch.device) -> Subject:
         sys.path.remove("")
     parts = made if isinstance(made, tuple) else (made,)
     if not isinstance(parts[0], nn.Module) or len(parts) > 3:
-        raise SubjectError(f"{name} returned {type(made).__name__}; wanted: a model, (model, args) or (model, args, data)")
+        wanted = "a model, (model, args) or (model, args, data)"
+        raise SubjectError(f"{name} returned {type(made).__name__}; wanted: {wanted}")
     if len(parts) == 1:
         args = getattr(parts[0], "dummy_inputs", None) or getattr(parts[0], "example_inputs", None)
         if args is None:

@@ -15,7 +15,7 @@ import networkx
 from int8pass.inspect.dot import COLOURS, edges, level, shown_nodes, stages
 from int8pass.inspect.facts import Facts, SiteRow, Stage
 from int8pass.inspect.text import decibels
-from int8pass.inspect.worst import loss
+from int8pass.inspect.worst import UNKNOWN, loss
 
 _LETTER, _LINE, _GAP, _LAYER = 6.7, 15, 24, 34
 
@@ -32,10 +32,10 @@ class _Box:
 
     @property
     def lines(self) -> list[str]:
-        worst = min((loss(s) for s in self.sites.values()), default=1e9)
+        worst = min((loss(s) for s in self.sites.values()), default=UNKNOWN)
         counted = [f"{self.ops.count(op)}× {op}" if self.ops.count(op) > 1 else op for op in dict.fromkeys(self.ops)]
         shown = counted if len(counted) <= 6 else [*counted[:5], f"… {len(counted) - 5} more"]
-        return [self.module or "(model)", *shown, *([f"{decibels(worst)} dB"] if worst < 1e9 else [])]
+        return [self.module or "(model)", *shown, *([f"{decibels(worst)} dB"] if worst < UNKNOWN else [])]
 
     @property
     def width(self) -> float:
@@ -94,8 +94,8 @@ def _boxes(stage: Stage, sites: Mapping[str, SiteRow]) -> tuple[list[_Box], dict
 
 
 def _box(box: _Box) -> str:
-    worst = min((loss(s) for s in box.sites.values()), default=1e9)
-    colour = COLOURS[level(worst if worst < 1e9 else None)]
+    worst = min((loss(s) for s in box.sites.values()), default=UNKNOWN)
+    colour = COLOURS[level(worst if worst < UNKNOWN else None)]
     lines = "".join(
         f'<text x="{box.x + 8:.1f}" y="{box.y + 16 + i * _LINE:.1f}">{html.escape(line)}</text>'
         for i, line in enumerate(box.lines)

@@ -43,10 +43,8 @@ class Lowered:
 
     def bytes_of(self, site: Site) -> int:
         """Of all constants that only the site's products read: codes, scales, sums, float columns."""
-        read = {
-            a for n in self.nodes_of(site) if self.ops[n.name] == "index_select" or self.ops[n.name].startswith("linear")
-            for a in n.all_input_nodes if a.op == "get_attr"
-        }  # fmt: skip
+        nodes = [n for n in self.nodes_of(site) if self.ops[n.name].startswith(("index_select", "linear"))]
+        read = {a for n in nodes for a in n.all_input_nodes if a.op == "get_attr"}
         return sum(_nbytes(n) for n in read)
 
 
@@ -57,7 +55,8 @@ def _nbytes(node: fx.Node) -> int:
 
 def weight_bytes(site: Site) -> int:
     """Of the site's original weights."""
-    return sum(_nbytes(reader.node.args[1]) for reader in site.readers)  # type: ignore[arg-type]
+    weights = [reader.node.args[1] for reader in site.readers]
+    return sum(_nbytes(weight) for weight in weights if isinstance(weight, fx.Node))
 
 
 def measured(program: Program, arguments: Arguments, rounds: int = ROUNDS) -> dict[fx.Node, float]:

@@ -8,6 +8,8 @@ from int8pass.inspect.facts import Facts, SiteRow
 
 _CODE = {"64 columns": 'outliers="largest", capacity=64', "float activations": 'activations="none"'}
 """Name of a measured fix → the fields of the scheme that make it."""
+UNKNOWN = 1e9
+"""`loss` of a site that nothing was measured of."""
 ENOUGH = 35.0
 """dB of local SQNR above which nothing needs to be mended: an error of 1.8%."""
 WORTH = 3.0
@@ -16,13 +18,15 @@ WORTH = 3.0
 
 def loss(site: SiteRow) -> float:
     """What sites are ranked by, dB, the smaller the worse: the local error, without data the weights'."""
-    errors = site.errors
-    return min((v for v in (errors.final if errors.final is not None else errors.weight,) if v is not None), default=1e9)
+    for value in (site.errors.final, site.errors.weight):
+        if value is not None:
+            return value
+    return UNKNOWN
 
 
 def worst_sites(sites: Sequence[SiteRow], count: int) -> list[SiteRow]:
     """The sites of most error, worst first; none when nothing was measured."""
-    measured = [s for s in sites if loss(s) < 1e9]
+    measured = [s for s in sites if loss(s) < UNKNOWN]
     return sorted(measured, key=loss)[:count]
 
 

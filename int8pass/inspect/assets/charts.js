@@ -83,7 +83,7 @@ function alphaChart(site) {
     if (site.errors.final !== null) marks.push({ sqnr: site.errors.final, name: "this recipe" });
     const y = { field: "sqnr", type: "quantitative", title: "SQNR, dB", scale: { zero: false } };
     return {
-      ...SIZE, title: "Error against α (max|X|^α / max|W|^(1−α), no outlier columns)", layer: [
+      ...SIZE, title: "Error against α, without outlier columns", layer: [
         { data: { values }, mark: { type: "line", point: true, strokeWidth: 2 },
           encoding: { x: { field: "alpha", type: "quantitative", title: "α" }, y,
             tooltip: [{ field: "alpha" }, { field: "sqnr", title: "dB" }] } },
@@ -104,7 +104,7 @@ function histogramChart(histogram) {
       .filter((row) => row.count);
     const clip = histogram.clip ? histogram.clip.map((at) => ({ at })) : [];
     return {
-      ...SIZE, title: "Values that enter the quantizer; red: its range, averaged over tokens", layer: [
+      ...SIZE, title: "Quantizer input; red: mean clip range", layer: [
         { data: { values }, mark: { type: "rect" }, encoding: {
           x: { field: "from", type: "quantitative", title: "value" }, x2: { field: "to" },
           y: { field: "floor", type: "quantitative", title: "count (log)", scale: { type: "log" } }, y2: { field: "count" },
@@ -123,7 +123,7 @@ function codesChart(histogram) {
     const used = histogram.codes.filter((n) => n > 0).length;
     const values = histogram.codes.map((count, i) => ({ code: i - 128, floor: 1e-8, share: count / total })).filter((row) => row.share);
     return {
-      ...SIZE, title: `Codes in use: ${used} of 256`, data: { values }, mark: { type: "rule" }, encoding: {
+      ...SIZE, title: `Codes in use: ${used} of 256`, data: { values }, mark: { type: "rule", color: colour("accent"), strokeWidth: 1.3 }, encoding: {
         x: { field: "code", type: "quantitative", scale: { domain: [-128, 127], nice: false } },
         y: { field: "floor", type: "quantitative", title: "share (log)", scale: { type: "log", domainMin: 1e-8 } }, y2: { field: "share" },
         tooltip: [{ field: "code" }, { field: "share", format: ".2%" }] },
@@ -179,7 +179,7 @@ function outlierChart(sites, width, order) {
 function runtimeChart(rows) {
   const values = rows.slice(0, 25).map((row) => ({ name: row.name, op: row.op, ms: row.seconds * 1e3, what: row.implementation, site: row.site }));
   return () => ({
-    ...SIZE, height: { step: 17 }, title: "The slowest", data: { values }, mark: "bar", encoding: {
+    width: "container", height: { step: 17 }, autosize: { type: "fit-x" }, title: "The slowest", data: { values }, mark: "bar", encoding: {
       y: { field: "name", type: "nominal", sort: null, title: null, axis: { labelLimit: 260 } },
       x: { field: "ms", type: "quantitative", title: "milliseconds" },
       color: { field: "what", type: "nominal", title: "implementation" },

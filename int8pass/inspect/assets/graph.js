@@ -140,7 +140,7 @@ const moduleTitle = (box) => `▸ ${box.parent && box.module.startsWith(`${box.p
 function moduleNote(box) {
   const group = view.graph.groups.get(box.module), worst = [...group.sites].map(sqnrOf).filter((v) => v !== null);
   const error = worst.length ? `, worst ${decibels(Math.min(...worst))} dB` : "";
-  return `${group.count} nodes${group.sites.size ? `, ${group.sites.size} sites` : ""}${error}`;
+  return `${group.count} node${group.count === 1 ? "" : "s"}${group.sites.size ? `, ${group.sites.size} sites` : ""}${error}`;
 }
 
 function draw() {
@@ -154,7 +154,7 @@ function draw() {
     return { v: edge.from, w: edge.to, minlen: 1, weight: 1, width: badge ? badge.text.length * 6.6 + 10 : 0, height: badge ? 16 : 0,
       labeloffset: 4, labelpos: "c", badge };
   });
-  const layout = { nodesep: 18, ranksep: 22 };
+  const layout = { nodesep: 18, ranksep: 34 };
   if (nodes.length > 800) layout.ranker = "longest-path";
   dagre.layout(nodes, links, layout, {});
   paint(nodes, links);
@@ -188,7 +188,7 @@ function paint(nodes, links) {
   for (const node of nodes.filter((n) => n.frame !== undefined).sort((a, b) => depth(a) - depth(b))) {
     const [x, y] = [node.x - node.width / 2, node.y - node.height / 2];
     root.append(svg("g", pressable({ class: "frame", "data-module": node.frame, "aria-label": `close module ${node.frame}`, transform: `translate(${x},${y})` }, () => close(node.frame)),
-      svg("rect", { width: node.width, height: node.height, rx: 8 }), svg("text", { x: 8, y: 14 }, `▾ ${node.frame}`)));
+      svg("rect", { width: node.width, height: node.height, rx: 8 }), svg("text", { x: 8, y: 13 }, `▾ ${node.frame}`)));
   }
   for (const link of links) {
     const points = link.points ?? [];
