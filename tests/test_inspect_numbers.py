@@ -109,8 +109,8 @@ def test_histograms_curves_times_and_bytes(measured: tuple[nn.Module, list[Tenso
         assert all(seconds > 0 for seconds in site.seconds)
         assert site.bytes[0] == 4 * site.shape[0] * site.shape[1]
         assert site.shape[0] * site.shape[1] < site.bytes[1] < 0.4 * site.bytes[0]
-    gate = dict(report.sites[0].curve)
-    assert max(gate.values()) > gate[0.0] + 3, "a smoothed site has a best α"
+    gate = report.sites[0]
+    assert max(sqnr for _, sqnr in gate.curve) > gate.errors.naive + 10, "smoothing helps a site with outliers"
     assert [p.name for p in report.schemes][:2] == ["this recipe", "w8a8"]
     schemes = {p.name: p.sqnr for p in report.schemes}
     assert schemes["w8a8"] < schemes["this recipe"]
@@ -131,7 +131,7 @@ def test_fixes_are_measured_and_proposed(measured: tuple[nn.Module, list[Tensor]
     before, after = report.sites[0], next((s for s in mended.sites if s.name == "gate"), None)
     promised = dict(before.fixes)["64 columns"]
     assert after is not None
-    assert after.errors.final == pytest.approx(promised, abs=0.1)
+    assert after.errors.final == pytest.approx(promised, abs=1)  # promised from the last batch, kept on all
     assert after.errors.final > before.errors.final + 3
 
 
@@ -206,10 +206,12 @@ def test_measuring_writes_into_the_callers_tensors_once_a_call() -> None:
     torch.manual_seed(0)
     made, x = Caches().eval(), torch.randn(4, 32)
     twin, total, expected = copy.deepcopy(made), torch.zeros(32), torch.zeros(32)
-    int8pass.inspect(made, (x, total), data=[(x, total)])
+    report = int8pass.inspect(made, (x, total), data=[(x, total)])
     with torch.no_grad():
         for _ in range(2):  # the inputs themselves, and the batch
             twin(x, expected)
+    assert report.sites
+    assert all(site.errors.final is not None and site.errors.alone is None for site in report.sites)
     torch.testing.assert_close(total, expected)
     torch.testing.assert_close(made.seen, twin.seen)
 

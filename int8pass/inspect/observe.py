@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from int8pass.capture import Program
+from int8pass.capture import Program, mutated_values
 from int8pass.graph.pattern import op_name
 from int8pass.graph.rewrite import LINEAR, RewriteLog
 from int8pass.inspect.numbers import Noise, SiteNumbers, alpha_curve
@@ -142,6 +142,7 @@ class GraphObserver:
     def measure(self, arguments: Arguments, last: bool, alone: bool, progress: Progress) -> None:
         """All numbers of one call. `last` adds what is measured once, `alone` the one-site-at-a-time sensitivity."""
         expected = Replay(self.captured, arguments).finish()
+        alone = alone and not mutated_values(self.captured.graph)
         walk = _Walk(self, arguments, last, expected if alone else None)
         walk.run(progress)
         for one, other in zip(tensors_of(expected), tensors_of(walk.quantized.finish())):

@@ -46,15 +46,21 @@ class Replay(fx.Interpreter):
         self.position = 0
         self.result: Any = None
         """Of the graph, once it is done."""
-        self.args_iter = iter(self._inputs())
+        self._values = self._inputs()
         self._store, self._stored = Store(), tuple[Constant, ...]()
 
-    def _inputs(self) -> list[Any]:
+    def _inputs(self) -> dict[str, Any]:
         """The placeholders' values; what the graph writes into is copied, so that the caller's tensors stay."""
         written = mutated_values(self.program.graph)
         nodes = [n for n in self.nodes if n.op == "placeholder"]
         values = [self.arguments[i] for i in self.program.placeholders]
-        return [v.clone() if n in written and isinstance(v, Tensor) else v for n, v in zip(nodes, values)]
+        return {
+            str(n.target): v.clone() if n in written and isinstance(v, Tensor) else v for n, v in zip(nodes, values)
+        }
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """By name: a fork asks for those that come after it a second time."""
+        return self._values[str(target)]
 
     def value(self, constant: Constant) -> Tensor:
         """The real tensor of a constant. Those of one weight (codes and scale) come one after the other, and share."""
@@ -99,7 +105,10 @@ class Replay(fx.Interpreter):
         return self.result
 
     def fork(self, replaced: Mapping[fx.Node, Tensor]) -> Any:
-        """The output, when the nodes still to come that are in `replaced` give these values. This replay stays put."""
+        """The output, when the nodes still to come that are in `replaced` give these values. This replay stays put.
+
+        The graph must write into nothing in place: both would write into the same.
+        """
         position, env = self.position, dict(self.env)
         try:
             while not self.done:

@@ -179,7 +179,7 @@ function outlierChart(sites, width, order) {
 function runtimeChart(rows) {
   const values = rows.slice(0, 25).map((row) => ({ name: row.name, op: row.op, ms: row.seconds * 1e3, what: row.implementation, site: row.site }));
   return () => ({
-    width: "container", height: { step: 17 }, autosize: { type: "fit-x" }, title: "The slowest", data: { values }, mark: "bar", encoding: {
+    ...SIZE, height: Math.max(60, 17 * values.length), title: "The slowest", data: { values }, mark: "bar", encoding: {
       y: { field: "name", type: "nominal", sort: null, title: null, axis: { labelLimit: 260 } },
       x: { field: "ms", type: "quantitative", title: "milliseconds" },
       color: { field: "what", type: "nominal", title: "implementation" },

@@ -152,7 +152,7 @@ function draw() {
   const links = edges.map((edge) => {
     const badge = edge.sites.size ? badgeOf(edge.sites) : null;
     return { v: edge.from, w: edge.to, minlen: 1, weight: 1, width: badge ? badge.text.length * 6.6 + 10 : 0, height: badge ? 16 : 0,
-      labeloffset: 4, labelpos: "c", badge };
+      labeloffset: 4, labelpos: "r", badge };
   });
   const layout = { nodesep: 18, ranksep: 34 };
   if (nodes.length > 800) layout.ranker = "longest-path";
