@@ -1,4 +1,4 @@
-"""CPU implementations: int8 products on `torch._int_mm`, the rest as plain tensor code that Inductor fuses."""
+"""CPU implementations: our own C++ kernels, else `torch._int_mm` and plain tensor code that Inductor fuses."""
 
 from lowering.cpu import act, linear, norm, quantize
 

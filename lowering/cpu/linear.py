@@ -1,4 +1,4 @@
-"""int8 linears on `torch._int_mm` (VNNI or AMX through oneDNN). Plain tensor code: Inductor fuses the epilogue."""
+"""int8 linears by our own kernels; where those cannot run, on `torch._int_mm` with an epilogue that Inductor fuses."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowering.cpu import native
 from lowering.numerics import rows
 from lowering.ops.linear import linear_w8a8, linear_w8a16
 
@@ -108,3 +109,54 @@ def linear_int8pack(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tenso
     y = _bf16_row_times_int8(x.reshape(1, -1), weight, ones)[0].float() * weight_scale
     y = y if bias is None else y + bias.float()
     return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
+def _native_w8a8(codes: Tensor, *rest: object) -> bool | str:
+    bias, outliers, outlier_weight, dtype = rest[5], rest[6], rest[7], rest[9]
+    if dtype not in native.FLOATS:
+        return f"the native kernels give float32, bfloat16 and float16, not {dtype}"
+    for tensor in (bias, outliers, outlier_weight):
+        if isinstance(tensor, Tensor) and tensor.dtype not in native.FLOATS:
+            return f"the native kernels take float32, bfloat16 and float16, not {tensor.dtype}"
+    return native.takes_width(codes)
+
+
+@linear_w8a8.impl("cpu", when=_native_w8a8)
+def native_linear_w8a8(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor | None,
+    bias: Tensor | None,
+    outliers: Tensor | None,
+    outlier_weight: Tensor | None,
+    columns: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """AMX or VNNI product, everything after it before the result leaves the cache."""
+    one = (*codes.shape[:-1], 1)
+    return native.linear_w8a8(
+        codes.contiguous(), scale.expand(one).contiguous(),
+        None if zero_point is None else zero_point.expand(one).contiguous(),
+        weight.contiguous(), weight_scale.contiguous(), weight_sum, None if bias is None else bias.contiguous(),
+        None if outliers is None else outliers.contiguous(),
+        None if outlier_weight is None else outlier_weight.contiguous(), columns, dtype,
+    )  # fmt: skip
+
+
+FEW_FLOAT_ROWS = 8
+
+
+def _native_w8a16(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> bool | str:
+    if (rows(x) or FEW_FLOAT_ROWS + 1) > FEW_FLOAT_ROWS:
+        return f"the native kernel takes up to {FEW_FLOAT_ROWS} tokens"
+    return native.takes(x, bias)
+
+
+@linear_w8a16.impl("cpu", when=_native_w8a16)
+def native_linear_w8a16(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """A few rows: the int8 weights are read once, converted in registers, and multiplied in fp32."""
+    bias = None if bias is None else bias.contiguous()
+    return native.linear_w8a16(x.contiguous(), weight.contiguous(), weight_scale.contiguous(), bias)

@@ -1,7 +1,7 @@
-"""On the CPU the references are the implementations: Inductor fuses them with their neighbours into one loop.
+"""Quantization of rows by our own kernels; where those cannot run, the references, which Inductor fuses.
 
-Only the search for this call's outlier columns is an op of its own. It reads whole columns where everything around it
-works on rows; left to the fusion, every kernel near it would recompute the site's input, and compile for it.
+There only the search for this call's outlier columns is an op of its own: it reads whole columns where everything
+around it works on rows; left to the fusion, every kernel near it would recompute the site's input, and compile for it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowering.cpu import native
 from lowering.ops import quantize
 
 for _op in (
@@ -57,3 +58,34 @@ def split_quantize_by_column_search(
         outliers = quantize.keep_columns(outliers, taken)
     codes, scale, zero_point = quantize.quantize_per_token.reference(quantize.keep_columns(x, kept), symmetric)
     return codes, scale, zero_point, outliers, columns, overflow
+
+
+def _takes(x: Tensor, *rest: object) -> bool | str:
+    return native.takes(x)
+
+
+@quantize.quantize_per_token.impl("cpu", when=_takes)
+def native_quantize_per_token(x: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """One pass over each row."""
+    return native.quantize_per_token(x.contiguous(), symmetric)
+
+
+@quantize.split_quantize.impl("cpu", when=_takes)
+def native_split_quantize(x: Tensor, columns: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One pass over each row."""
+    return native.split_quantize(x.contiguous(), columns, symmetric)
+
+
+@quantize.split_quantize_dynamic.impl("cpu", when=_takes)
+def native_split_quantize_dynamic(
+    x: Tensor, capacity: int, threshold: float, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One pass over the columns for their absmax, one over the rows."""
+    return native.split_quantize_dynamic(x.contiguous(), capacity, threshold, symmetric)
+
+
+def native_rows(x: Tensor, columns: Tensor | None, symmetric: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Quantized rows and their outliers, for the ops that end in it."""
+    if columns is None:
+        return (*native_quantize_per_token(x, symmetric), x.new_empty((*x.shape[:-1], 0)))
+    return native_split_quantize(x, columns, symmetric)

@@ -41,7 +41,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float, round_
     return (normalized * (weight.float() + offset)).to(x.dtype)
 
 
-def _normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float, mode: str) -> Tensor:
+def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float, mode: str) -> Tensor:
     if mode == "layer":
         return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
     return rms_norm.reference(x, weight, eps, offset, mode == "rms_round_first")
@@ -85,7 +85,7 @@ def norm_quantize(
 
     `mode` is "layer" (LayerNorm), "rms" or "rms_round_first" (see `rms_norm`). Without `columns`, R = 0.
     """
-    return _quantize(_normalize(x, weight, bias, eps, offset, mode), columns, symmetric)
+    return _quantize(normalize(x, weight, bias, eps, offset, mode), columns, symmetric)
 
 
 def _add_norm_quantize_samples(device: torch.device) -> Iterator[Sample]:

@@ -1,0 +1,587 @@
+// Linear layers on int8 weights `[N, K]`: int8 rows by AMX or VNNI dot products, and a few float rows by FMA.
+//
+// W8A8. A thread takes a group of panels of 32 output channels each, puts their weights in the order of the dot product
+// instructions (once, which 32 rows and more pay for), and multiplies them with one block of 32 rows after the other: so
+// the results of a row are written side by side, which matters more than anything else here. The int32 block never
+// leaves the first cache: scales, zero points, outliers and bias are applied there, and the result is rounded once.
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "vector.h"
+
+namespace int8pass {
+namespace {
+
+constexpr int64_t PANEL = 32;  // output channels of a panel, in two groups of 16 lanes
+constexpr int64_t BLOCK = 32;  // rows of a block
+constexpr int64_t DEPTH = 64;  // input channels (bytes) of one tile
+constexpr int64_t TILE = 1024; // bytes of one tile: 16 x 64
+constexpr int64_t GROUP_BYTES = 1 << 18;  // packed weights of a group: they stay in the second cache
+constexpr int64_t CHUNK = 16 * BLOCK;     // rows a thread takes at least, where there are enough
+
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
+bool ask_for_tiles() {
+  constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+  return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+}
+bool use_tiles = ask_for_tiles();
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+#else
+bool use_tiles = false;
+#endif
+
+// ---------------------------------------------------------------------------------------------------------- packing
+
+// 16 rows of 16 four-byte elements → their columns.
+inline void transpose(__m512i (&r)[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xDD);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xDD);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xDD);
+  }
+}
+
+// `bytes` of up to 16 rows → tiles [depth / 64][16 groups of 4 bytes][16 rows], zeros where there is nothing.
+// Consecutive depths are `stride` bytes apart. Every byte is flipped by `flip`.
+void pack(const uint8_t* rows, int64_t row_stride, int64_t count, int64_t bytes, uint8_t flip, uint8_t* out,
+          int64_t stride) {
+  const __m512i flipped = _mm512_set1_epi8(static_cast<char>(flip));
+  for (int64_t k = 0; k < bytes; k += DEPTH, out += stride) {
+    const int64_t left = bytes - k;
+    const __mmask64 mask = left >= DEPTH ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
+    __m512i r[16];
+    for (int64_t n = 0; n < 16; ++n) {
+      r[n] = n < count ? _mm512_maskz_loadu_epi8(mask, rows + n * row_stride + k) : _mm512_setzero_si512();
+      r[n] = _mm512_xor_si512(r[n], flipped);
+    }
+    transpose(r);
+    for (int64_t i = 0; i < 16; ++i) _mm512_store_si512(out + i * 64, r[i]);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------- problem
+
+// One call of linear_w8a8, as the threads see it.
+struct Problem {
+  int64_t m, n, k, depth;  // depth: k up to the next multiple of 64
+  const int8_t* codes;
+  const float* scale;
+  const int32_t* zero;  // or null
+  const int8_t* weight;
+  const float* weight_scale;
+  const int32_t* weight_sum;
+  const Tensor* bias;
+  Buffer<int8_t> padded;     // rows from `padded_from`, in whole blocks of rows of `depth`
+  int64_t padded_from = 0;
+  Buffer<int32_t> row_sums;  // without tiles: what the flipped weights add to a row
+  bool tiles = use_tiles;
+
+  // Outlier columns: their values as fp32 [m, r], or as bf16 parts [m, parts * r up to 32s] for the tiles.
+  int64_t r = 0, parts = 0, bf16_depth = 0;
+  const int64_t* columns = nullptr;        // int8 columns of `weight`, or
+  const Tensor* outlier_weight = nullptr;  // float weights [n, r]
+  Buffer<float> outliers;
+  Buffer<uint16_t> bf16_outliers;
+
+  // A block of rows with the distance between rows, all of it readable.
+  const int8_t* rows(int64_t m0, int64_t* stride) const {
+    *stride = m0 >= padded_from ? depth : k;
+    return m0 >= padded_from ? padded + (m0 - padded_from) * depth : codes + m0 * k;
+  }
+};
+
+void pad_rows(Problem& p) {
+  p.padded_from = p.k % DEPTH ? 0 : p.m / BLOCK * BLOCK;
+  const int64_t count = p.m - p.padded_from, blocks = round_up(count, BLOCK);
+  if (!count) return;
+  p.padded = Buffer<int8_t>(blocks * p.depth);
+  for (int64_t m = 0; m < blocks; ++m) {
+    int8_t* to = p.padded + m * p.depth;
+    const int64_t filled = m < count ? p.k : 0;
+    if (filled) std::memcpy(to, p.codes + (p.padded_from + m) * p.k, filled);
+    std::memset(to + filled, 0, p.depth - filled);
+  }
+}
+
+// VNNI multiplies unsigned with signed bytes. The weights are the unsigned ones (128 added to each), so a row's result
+// is too large by 128 times the sum of its codes.
+void sum_rows(Problem& p) {
+  p.row_sums = Buffer<int32_t>(p.m);
+  for (int64_t m = 0; m < p.m; ++m) {
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t k = 0; k < p.k; k += DEPTH) {
+      const __mmask64 mask = p.k - k >= DEPTH ? ~__mmask64{0} : (__mmask64{1} << (p.k - k)) - 1;
+      sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), _mm512_maskz_loadu_epi8(mask, p.codes + m * p.k + k));
+    }
+    p.row_sums[m] = 128 * _mm512_reduce_add_epi32(sum);
+  }
+}
+
+// bf16 parts whose sum is the number: one for a bf16, two for an fp16, three for an fp32.
+void split_bf16(const float* from, int64_t count, int64_t parts, uint16_t* to) {
+  for (int64_t i = 0; i < count; i += LANES) {
+    const __mmask16 mask = lanes(count - i);
+    __m512 rest = _mm512_maskz_loadu_ps(mask, from + i);
+    for (int64_t part = 0; part < parts; ++part) {
+      const __m256i rounded = to_bf16(rest);
+      _mm256_mask_storeu_epi16(to + part * count + i, mask, rounded);
+      const __m512 value = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16));
+      // What is left of an infinity is nothing, not NaN.
+      const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_sub_ps(value, value), _mm512_setzero_ps(), _CMP_EQ_OQ);
+      rest = _mm512_maskz_sub_ps(finite, rest, value);
+    }
+  }
+}
+
+void read_outliers(Problem& p, const Tensor& outliers) {
+  p.r = outliers.size(outliers.dim() - 1);
+  if (!p.r) return;
+  p.outliers = Buffer<float>(p.m * p.r + LANES);
+  read_floats(outliers, 0, p.m * p.r, p.outliers);
+  const bool exact = p.columns || p.outlier_weight->scalar_type() == ScalarType::BFloat16;
+  if (!p.tiles || !exact) return;
+  const ScalarType dtype = outliers.scalar_type();
+  p.parts = dtype == ScalarType::BFloat16 ? 1 : dtype == ScalarType::Half ? 2 : 3;
+  p.bf16_depth = round_up(p.parts * p.r, 32);
+  p.bf16_outliers = Buffer<uint16_t>(round_up(p.m, BLOCK) * p.bf16_depth);
+  std::memset(p.bf16_outliers, 0, round_up(p.m, BLOCK) * p.bf16_depth * 2);
+  torch::stable::parallel_for(0, p.m, 512, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      split_bf16(p.outliers + m * p.r, p.r, p.parts, p.bf16_outliers + m * p.bf16_depth);
+    }
+  });
+}
+
+// ------------------------------------------------------------------------------------------------------------ panel
+
+// 32 output channels: packed weights and everything the epilogue needs of them.
+struct Panel {
+  explicit Panel(const Problem& p)
+      : codes(PANEL * p.depth), outliers(p.r ? PANEL * p.r : 0), bf16_outliers(PANEL * p.bf16_depth * 2) {}
+  int64_t first = 0, width = 0;
+  Buffer<uint8_t> codes;            // [depth / 64][2][16][16][4]
+  Buffer<float> outliers;           // [r][32]
+  Buffer<uint8_t> bf16_outliers;    // [bf16_depth / 32][2][16][16][2]
+  alignas(64) float scale[PANEL], bias[PANEL];
+  alignas(64) int32_t sums[PANEL];
+};
+
+// Column `k` of 16 packed channels as fp32.
+inline __m512 packed_column(const Problem& p, const Panel& panel, int64_t k, int64_t group) {
+  const uint8_t* at = panel.codes + (k / DEPTH) * 2 * TILE + group * TILE + (k % DEPTH) / 4 * 64;
+  const __m512i flip = _mm512_set1_epi32(p.tiles ? 0 : 0x80808080);
+  const __m512i fours = _mm512_xor_si512(_mm512_load_si512(at), flip);
+  const __m512i byte = _mm512_sll_epi32(fours, _mm_cvtsi32_si128(static_cast<int>(24 - 8 * (k % 4))));
+  return _mm512_cvtepi32_ps(_mm512_srai_epi32(byte, 24));
+}
+
+// The columns as fp32 [r][32]; as bf16 (exact) in the order of the tiles, once for every part of the values.
+void pack_outliers(const Problem& p, Panel& panel) {
+  if (p.columns) {
+    for (int64_t r = 0; r < p.r; ++r) {
+      _mm512_store_ps(panel.outliers + r * PANEL, packed_column(p, panel, p.columns[r], 0));
+      _mm512_store_ps(panel.outliers + r * PANEL + 16, packed_column(p, panel, p.columns[r], 1));
+    }
+  } else {
+    Buffer<float> row(round_up(p.r, LANES));
+    std::memset(panel.outliers, 0, p.r * PANEL * sizeof(float));
+    for (int64_t n = 0; n < panel.width; ++n) {
+      read_floats(*p.outlier_weight, (panel.first + n) * p.r, p.r, row);
+      for (int64_t r = 0; r < p.r; ++r) panel.outliers[r * PANEL + n] = row[r];
+    }
+  }
+  for (int64_t pair = 0; pair < p.bf16_depth / 2; ++pair) {
+    for (int64_t group = 0; group < 2; ++group) {
+      __m512i halves[2];
+      for (int64_t i = 0; i < 2; ++i) {
+        const int64_t at = 2 * pair + i;
+        const bool inside = at < p.parts * p.r;
+        halves[i] = inside ? _mm512_load_si512(panel.outliers + at % p.r * PANEL + group * 16) : _mm512_setzero_si512();
+      }
+      const __m512i both = _mm512_or_si512(_mm512_srli_epi32(halves[0], 16), halves[1]);
+      uint8_t* to = panel.bf16_outliers + (pair / 16 * 2 + group) * TILE + pair % 16 * 64;
+      _mm512_store_si512(to, both);
+    }
+  }
+}
+
+void fill(const Problem& p, Panel& panel, int64_t first) {
+  panel.first = first;
+  panel.width = std::min(PANEL, p.n - first);
+  const auto* weight = reinterpret_cast<const uint8_t*>(p.weight);
+  for (int64_t group = 0; group < 2; ++group) {
+    const int64_t count = std::clamp<int64_t>(panel.width - group * 16, 0, 16);
+    pack(weight + (first + group * 16) * p.k, p.k, count, p.k, p.tiles ? 0 : 0x80, panel.codes + group * TILE,
+         2 * TILE);
+  }
+  std::fill_n(panel.scale, PANEL, 0.0f);
+  std::fill_n(panel.bias, PANEL, 0.0f);
+  std::fill_n(panel.sums, PANEL, 0);
+  std::copy_n(p.weight_scale + first, panel.width, panel.scale);
+  if (p.zero) std::copy_n(p.weight_sum + first, panel.width, panel.sums);
+  if (p.bias) read_floats(*p.bias, first, panel.width, panel.bias);
+  if (p.r) pack_outliers(p, panel);
+}
+
+// --------------------------------------------------------------------------------------------------------- products
+
+// A block of 32 rows times a panel, before scales: the int8 and the outlier part.
+struct Block {
+  const Panel* panel = nullptr;
+  int64_t m0 = 0;
+  alignas(64) int32_t acc[BLOCK * PANEL];
+  alignas(64) float part[BLOCK * PANEL];
+};
+
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
+// Tile numbers are part of the instructions, so these cannot be functions. Tiles 0 to 3 add up 32 x 32 results.
+#define INT8PASS_CLEAR() \
+  do {                    \
+    _tile_zero(0);        \
+    _tile_zero(1);        \
+    _tile_zero(2);        \
+    _tile_zero(3);        \
+  } while (0)
+#define INT8PASS_STEP(MULTIPLY, A, A_STRIDE, B)   \
+  do {                                             \
+    _tile_loadd(6, B, 64);                         \
+    _tile_loadd(7, (B) + TILE, 64);                \
+    _tile_loadd(4, A, A_STRIDE);                   \
+    MULTIPLY(0, 4, 6);                             \
+    MULTIPLY(1, 4, 7);                             \
+    if (two) {                                     \
+      _tile_loadd(5, (A) + 16 * (A_STRIDE), A_STRIDE); \
+      MULTIPLY(2, 5, 6);                           \
+      MULTIPLY(3, 5, 7);                           \
+    }                                              \
+  } while (0)
+#define INT8PASS_STORE(OUT)                        \
+  do {                                             \
+    _tile_stored(0, OUT, PANEL * 4);               \
+    _tile_stored(1, (OUT) + 16, PANEL * 4);        \
+    if (two) {                                     \
+      _tile_stored(2, (OUT) + 16 * PANEL, PANEL * 4); \
+      _tile_stored(3, (OUT) + 16 * PANEL + 16, PANEL * 4); \
+    }                                              \
+  } while (0)
+
+// The multiplier works for itself: `between(step, steps)` runs beside it.
+template <class F>
+void multiply_tiles(const Problem& p, Block& block, const F& between) {
+  int64_t stride;
+  const int8_t* rows = p.rows(block.m0, &stride);
+  const bool two = p.m - block.m0 > 16;
+  const int64_t steps = p.depth / DEPTH;
+  const uint8_t* weights = block.panel->codes;
+  INT8PASS_CLEAR();
+  for (int64_t s = 0; s < steps; ++s) {
+    INT8PASS_STEP(_tile_dpbssd, rows + s * DEPTH, stride, weights + 2 * s * TILE);
+    between(s, steps);
+  }
+  INT8PASS_STORE(block.acc);
+  if (!p.bf16_depth) return;
+  const int64_t width = p.bf16_depth * 2;
+  const auto* left = reinterpret_cast<const uint8_t*>(p.bf16_outliers + block.m0 * p.bf16_depth);
+  const uint8_t* right = block.panel->bf16_outliers;
+  INT8PASS_CLEAR();
+  for (int64_t s = 0; s < p.bf16_depth / 32; ++s) {
+    INT8PASS_STEP(_tile_dpbf16ps, left + s * DEPTH, width, right + 2 * s * TILE);
+  }
+  INT8PASS_STORE(block.part);
+}
+#undef INT8PASS_CLEAR
+#undef INT8PASS_STEP
+#undef INT8PASS_STORE
+#else
+template <class F>
+void multiply_tiles(const Problem&, Block&, const F&) {}
+#endif
+
+constexpr int64_t STRIP = 8;  // rows whose sums stay in registers
+
+void multiply_vectors(const Problem& p, Block& block) {
+  int64_t stride;
+  const int8_t* rows = p.rows(block.m0, &stride);
+  for (int64_t m = 0; m < std::min(BLOCK, p.m - block.m0); m += STRIP) {
+    __m512i sums[STRIP][2] = {};
+    for (int64_t k = 0; k < p.depth; k += 4) {
+      const uint8_t* at = block.panel->codes + (k / DEPTH) * 2 * TILE + (k % DEPTH) * 16;
+      const __m512i left = _mm512_load_si512(at), right = _mm512_load_si512(at + TILE);
+      for (int64_t i = 0; i < STRIP; ++i) {
+        int32_t four;
+        std::memcpy(&four, rows + (m + i) * stride + k, 4);
+        const __m512i codes = _mm512_set1_epi32(four);
+        sums[i][0] = _mm512_dpbusd_epi32(sums[i][0], left, codes);
+        sums[i][1] = _mm512_dpbusd_epi32(sums[i][1], right, codes);
+      }
+    }
+    for (int64_t i = 0; i < STRIP && block.m0 + m + i < p.m; ++i) {
+      const __m512i extra = _mm512_set1_epi32(p.row_sums[block.m0 + m + i]);
+      int32_t* to = block.acc + (m + i) * PANEL;
+      _mm512_store_si512(to, _mm512_sub_epi32(sums[i][0], extra));
+      _mm512_store_si512(to + 16, _mm512_sub_epi32(sums[i][1], extra));
+    }
+  }
+}
+
+void multiply_outliers(const Problem& p, Block& block) {
+  const float* weights = block.panel->outliers;
+  for (int64_t m = 0; m < std::min(BLOCK, p.m - block.m0); ++m) {
+    __m512 left = _mm512_setzero_ps(), right = _mm512_setzero_ps();
+    const float* row = p.outliers + (block.m0 + m) * p.r;
+    for (int64_t r = 0; r < p.r; ++r) {
+      const __m512 x = _mm512_set1_ps(row[r]);
+      left = _mm512_fmadd_ps(x, _mm512_load_ps(weights + r * PANEL), left);
+      right = _mm512_fmadd_ps(x, _mm512_load_ps(weights + r * PANEL + 16), right);
+    }
+    _mm512_store_ps(block.part + m * PANEL, left);
+    _mm512_store_ps(block.part + m * PANEL + 16, right);
+  }
+}
+
+// --------------------------------------------------------------------------------------------------------- epilogue
+
+enum class Outliers { NONE, COLUMNS, OWN_WEIGHTS };
+
+// Scales, zero points, outliers and bias for rows `begin` to `end` of the block. What a call has of them is known to
+// the compiler, and what the loop needs lies in registers: this must fit beside the tiles' own instructions.
+template <class T, bool ZERO, Outliers OUTLIERS>
+void finish_rows(const Problem& p, const Block& block, int64_t begin, int64_t end, T* out) {
+  const Panel& panel = *block.panel;
+  const int64_t n = p.n;
+  const float* scales = p.scale + block.m0;
+  const int32_t* zeros = p.zero + (ZERO ? block.m0 : 0);
+  T* to = out + block.m0 * n + panel.first;
+  const __mmask32 mask = panel.width >= PANEL ? ~__mmask32{0} : (__mmask32{1} << panel.width) - 1;
+  const __m512 weight_scale[2] = {_mm512_load_ps(panel.scale), _mm512_load_ps(panel.scale + 16)};
+  const __m512 bias[2] = {_mm512_load_ps(panel.bias), _mm512_load_ps(panel.bias + 16)};
+  const __m512i sums[2] = {_mm512_load_si512(panel.sums), _mm512_load_si512(panel.sums + 16)};
+  for (int64_t i = begin; i < end; ++i) {
+    const __m512 scale = _mm512_set1_ps(scales[i]);
+    __m512 y[2];
+    for (int64_t group = 0; group < 2; ++group) {
+      const int64_t at = i * PANEL + group * 16;
+      __m512i acc = _mm512_load_si512(block.acc + at);
+      if constexpr (ZERO) acc = _mm512_sub_epi32(acc, _mm512_mullo_epi32(_mm512_set1_epi32(zeros[i]), sums[group]));
+      y[group] = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc), scale), weight_scale[group]);
+      if constexpr (OUTLIERS != Outliers::NONE) {
+        const __m512 part = _mm512_load_ps(block.part + at);
+        y[group] = OUTLIERS == Outliers::COLUMNS ? _mm512_fmadd_ps(part, weight_scale[group], y[group])
+                                                 : _mm512_add_ps(y[group], part);
+      }
+      y[group] = _mm512_add_ps(y[group], bias[group]);
+    }
+    store(to + i * n, mask, y[0], y[1]);
+  }
+}
+
+template <class T>
+void finish(const Problem& p, const Block& block, int64_t begin, int64_t end, T* out) {
+  end = std::min(end, p.m - block.m0);
+  const Outliers outliers = !p.r ? Outliers::NONE : p.columns ? Outliers::COLUMNS : Outliers::OWN_WEIGHTS;
+  const auto with = [&]<Outliers O>() {
+    p.zero ? finish_rows<T, true, O>(p, block, begin, end, out) : finish_rows<T, false, O>(p, block, begin, end, out);
+  };
+  switch (outliers) {
+    case Outliers::NONE:
+      return with.template operator()<Outliers::NONE>();
+    case Outliers::COLUMNS:
+      return with.template operator()<Outliers::COLUMNS>();
+    case Outliers::OWN_WEIGHTS:
+      return with.template operator()<Outliers::OWN_WEIGHTS>();
+  }
+}
+
+// A group of panels times the rows from `first` to `last`. Each block is finished while the next one is multiplied.
+template <class T>
+void run_group(const Problem& p, const std::vector<Panel>& panels, int64_t count, int64_t first, int64_t last, T* out) {
+  Block blocks[2];
+  Block *now = &blocks[0], *before = &blocks[1];
+  for (int64_t m0 = first; m0 < last; m0 += BLOCK) {
+    for (int64_t i = 0; i < count; ++i) {
+      now->panel = &panels[i];
+      now->m0 = m0;
+      const auto finish_before = [&](int64_t step, int64_t steps) {
+        if (before->panel) finish(p, *before, BLOCK * step / steps, BLOCK * (step + 1) / steps, out);
+      };
+      if (p.tiles) {
+        multiply_tiles(p, *now, finish_before);
+      } else {
+        finish_before(0, 1);
+        multiply_vectors(p, *now);
+      }
+      if (p.r && !p.bf16_depth) multiply_outliers(p, *now);
+      std::swap(now, before);
+    }
+  }
+  finish(p, *before, 0, BLOCK, out);
+}
+
+template <class T>
+void run(const Problem& p, T* out) {
+  const int64_t threads = torch::stable::get_num_threads(), panels = ceil_div(p.n, PANEL);
+  const int64_t most = std::max<int64_t>(1, GROUP_BYTES / (PANEL * p.depth));
+  // Enough pieces of work for all threads: groups of panels, and only where those are too few, pieces of the rows.
+  const int64_t group = std::min(most, ceil_div(panels, threads)), groups = ceil_div(panels, group);
+  const int64_t chunks = std::clamp<int64_t>(ceil_div(threads, groups), 1, ceil_div(p.m, CHUNK));
+  const int64_t chunk = round_up(ceil_div(p.m, chunks), BLOCK);
+  torch::stable::parallel_for(0, groups * chunks, 1, [&](int64_t begin, int64_t end) {
+    std::vector<Panel> packed;
+    for (int64_t i = 0; i < group; ++i) packed.emplace_back(p);
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
+    const TileConfig config;
+    if (p.tiles) _tile_loadconfig(&config);
+#endif
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t first_panel = item / chunks * group, first_row = item % chunks * chunk;
+      const int64_t count = std::min(group, panels - first_panel);
+      // Pieces of rows of one group follow each other.
+      for (int64_t i = 0; (item == begin || item % chunks == 0) && i < count; ++i) {
+        fill(p, packed[i], (first_panel + i) * PANEL);
+      }
+      if (first_row < p.m) run_group(p, packed, count, first_row, std::min(first_row + chunk, p.m), out);
+    }
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
+    if (p.tiles) _tile_release();
+#endif
+  });
+}
+
+}  // namespace
+
+Tensor linear_w8a8(const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& zero_point,
+                   const Tensor& weight, const Tensor& weight_scale, const std::optional<Tensor>& weight_sum,
+                   const std::optional<Tensor>& bias, const std::optional<Tensor>& outliers,
+                   const std::optional<Tensor>& outlier_weight, const std::optional<Tensor>& columns,
+                   ScalarType dtype) {
+  Tensor out = empty_like_rows(codes, weight.size(0), dtype);
+  Problem p;
+  p.m = row_count(codes), p.n = weight.size(0), p.k = weight.size(1), p.depth = round_up(p.k, DEPTH);
+  if (!p.m || !p.n) return out;
+  p.codes = static_cast<const int8_t*>(codes.data_ptr());
+  p.scale = static_cast<const float*>(scale.data_ptr());
+  p.zero = zero_point ? static_cast<const int32_t*>(zero_point->data_ptr()) : nullptr;
+  p.weight = static_cast<const int8_t*>(weight.data_ptr());
+  p.weight_scale = static_cast<const float*>(weight_scale.data_ptr());
+  p.weight_sum = weight_sum ? static_cast<const int32_t*>(weight_sum->data_ptr()) : nullptr;
+  p.bias = bias ? &*bias : nullptr;
+  p.columns = columns ? static_cast<const int64_t*>(columns->data_ptr()) : nullptr;
+  p.outlier_weight = outlier_weight ? &*outlier_weight : nullptr;
+  pad_rows(p);
+  if (!p.tiles) sum_rows(p);
+  if (outliers) read_outliers(p, *outliers);
+  for_float_type(dtype, [&](auto* type) { run(p, static_cast<decltype(type)>(out.data_ptr())); });
+  return out;
+}
+
+// ------------------------------------------------------------------------------------------------------ weight only
+
+namespace {
+
+constexpr int64_t CHANNELS = 4;  // whose sums run side by side
+
+constexpr int64_t AHEAD = 4096;  // bytes between what is multiplied and what is fetched from memory
+
+inline __m512 widen(__m128i codes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)); }
+
+// Dot products of fp32 `x[k]`, zero up to the next multiple of 16, with four rows of int8 weights.
+inline __m128 dot(const float* x, const int8_t* const (&rows)[CHANNELS], int64_t k) {
+  __m512 sums[CHANNELS] = {};
+  int64_t i = 0;
+  for (; i + 64 <= k; i += 64) {
+    for (int64_t c = 0; c < CHANNELS; ++c) {
+      _mm_prefetch(rows[c] + i + AHEAD, _MM_HINT_T1);
+      for (int64_t j = i; j < i + 64; j += LANES) {
+        const __m512 w = widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[c] + j)));
+        sums[c] = _mm512_fmadd_ps(_mm512_load_ps(x + j), w, sums[c]);
+      }
+    }
+  }
+  for (; i < k; i += LANES) {
+    for (int64_t c = 0; c < CHANNELS; ++c) {
+      const __m512 w = widen(_mm_maskz_loadu_epi8(lanes(k - i), rows[c] + i));
+      sums[c] = _mm512_fmadd_ps(_mm512_load_ps(x + i), w, sums[c]);
+    }
+  }
+  return _mm_setr_ps(_mm512_reduce_add_ps(sums[0]), _mm512_reduce_add_ps(sums[1]), _mm512_reduce_add_ps(sums[2]),
+                     _mm512_reduce_add_ps(sums[3]));
+}
+
+}  // namespace
+
+Tensor linear_w8a16(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                    const std::optional<Tensor>& bias) {
+  const int64_t m = row_count(x), n = weight.size(0), k = weight.size(1), stride = round_up(k, LANES);
+  Tensor out = empty_like_rows(x, n, x.scalar_type());
+  Buffer<float> rows(m * stride);
+  for (int64_t i = 0; i < m; ++i) {
+    std::fill_n(rows + (i + 1) * stride - std::min(LANES, stride), std::min(LANES, stride), 0.0f);
+    read_floats(x, i * k, k, rows + i * stride);
+  }
+  const auto* codes = static_cast<const int8_t*>(weight.data_ptr());
+  const auto* scale = static_cast<const float*>(weight_scale.data_ptr());
+  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, k * LANES));
+  for_float_type(x.scalar_type(), [&](auto* type) {
+    auto* to = static_cast<decltype(type)>(out.data_ptr());
+    torch::stable::parallel_for(0, ceil_div(n, LANES), grain, [&](int64_t begin, int64_t end) {
+      alignas(64) float sums[LANES] = {}, offset[LANES] = {};
+      for (int64_t first = begin * LANES; first < std::min(end * LANES, n); first += LANES) {
+        const int64_t width = std::min(LANES, n - first);
+        if (bias) read_floats(*bias, first, width, offset);
+        for (int64_t i = 0; i < m; ++i) {
+          for (int64_t c = 0; c < width; c += CHANNELS) {
+            const int8_t* four[CHANNELS];  // behind the last channel: that one again
+            for (int64_t j = 0; j < CHANNELS; ++j) four[j] = codes + std::min(first + c + j, n - 1) * k;
+            _mm_store_ps(sums + c, dot(rows + i * stride, four, k));
+          }
+          const __m512 scales = _mm512_maskz_loadu_ps(lanes(width), scale + first);
+          const __m512 y = _mm512_add_ps(_mm512_mul_ps(_mm512_load_ps(sums), scales), _mm512_load_ps(offset));
+          store(to + i * n + first, lanes(width), y);
+        }
+      }
+    });
+  });
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(int8pass_cpu, CPU, library) {
+  library.impl("linear_w8a8", TORCH_BOX(&linear_w8a8));
+  library.impl("linear_w8a16", TORCH_BOX(&linear_w8a16));
+}
+
+}  // namespace int8pass
+
+// For tests: AMX off and on again (where the processor and the system have it). Returns what was in force.
+extern "C" int int8pass_use_tiles(int on) {
+  const int before = int8pass::use_tiles;
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
+  int8pass::use_tiles = on != 0 && int8pass::ask_for_tiles();
+#endif
+  return before;
+}
