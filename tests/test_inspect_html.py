@@ -144,7 +144,9 @@ def test_every_tab_has_its_charts(page: Any) -> None:
     expected = {"Channels": 5, "Error by depth": 2, "What ran": 1, "Schemes": 1}
     for tab, charts in expected.items():
         page.get_by_role("tab", name=tab).click()
-        page.wait_for_function(f"document.querySelectorAll('[role=tabpanel]:not([hidden]) svg.marks').length >= {charts}")
+        page.wait_for_function(
+            f"document.querySelectorAll('[role=tabpanel]:not([hidden]) svg.marks').length >= {charts}"
+        )
         shot(page, tab.split()[0].lower())
     page.get_by_role("tab", name="Channels").click()
     page.locator("#site-choice").select_option(SITE)

@@ -169,6 +169,7 @@ class _Graph:
 
     def time(self, arguments: Arguments) -> None:
         """Times of all nodes, and what every scheme would cost and lose."""
+        self.observer.forget_variants()
         self.collector.progress("time nodes", 0, 1)
         before = timing.measured(self.observer.captured, arguments)
         after = timing.measured(self.lowered.program, arguments)
@@ -192,6 +193,7 @@ class _Graph:
             noise = Noise()
             for one, other in zip(expected, tensors_of(Replay(variant.program, arguments).finish())):
                 noise.add(one, other)
+            self.observer.forget_variants()
             lowered = self._lower(variant.program)
             seconds = sum(timing.measured(lowered.program, arguments, rounds=2).values())
             size = sum(lowered.bytes_of(site) for site in self.observer.sites)

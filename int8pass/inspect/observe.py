@@ -111,6 +111,10 @@ class GraphObserver:
             self._variants[key] = Variant.of(self.captured, self._log, recipe)
         return self._variants[key]
 
+    def forget_variants(self) -> None:
+        """Let go of all variants but the recipe's own: their graphs are large."""
+        self._variants = {_key(self.recipe): self.variant(FINAL)}
+
     def see_weights(self, arguments: Arguments, names: Mapping[int, str]) -> None:
         """Weights alone: their channels, their error, the smoothing; `names` are the model's, by id of the tensor."""
         final = self.variant(FINAL)
