@@ -1,6 +1,6 @@
 """What an inspection costs: time, memory, size of the page, time until it can be used, and whether it accounts for all.
 
-    python -m benchmarks.inspect_report                     # every part, each in a process of its own, one after the other
+    python -m benchmarks.inspect_report                     # every part, each in a process of its own
     python -m benchmarks.inspect_report --only structure
 
 `structure`: SmolLM2 without data. `data`: on two windows of 64 tokens, with sensitivity, schemes and times. `page`: the
@@ -24,8 +24,8 @@ from typing import Any
 RESULT = Path("benchmarks/results/inspect_report.json")
 REPORT = Path(tempfile.gettempdir()) / "int8pass-inspect-report.html"
 ARCHITECTURES = (
-    "llama", "mistral", "qwen3", "gemma3", "phi3", "gpt2", "opt", "bloom", "falcon", "bert", "t5", "bart", "vit", "swin",
-    "mixtral", "deepseek_v3",
+    "llama", "mistral", "qwen3", "gemma3", "phi3", "gpt2", "opt", "bloom", "falcon", "bert", "t5", "bart", "vit",
+    "swin", "mixtral", "deepseek_v3",
 )  # fmt: skip
 
 

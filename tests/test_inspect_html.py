@@ -128,8 +128,9 @@ def test_the_graph_switches_stages_opens_modules_and_shows_nodes(page: Any) -> N
         page.wait_for_timeout(50)
         assert page.locator(".box").count() > 3
         assert page.locator(f'#canvas svg[aria-label="graph, {stage}"]').count() == 1
-    row = page.locator(".row", has_text="linear_w8a8").first
-    row.press("Enter")
+    page.get_by_label("Find").fill("linear_w8a8")
+    page.get_by_label("Find").press("Enter")
+    page.locator(".row.chosen").press("Enter")
     details = page.locator("#details").inner_text()
     assert "linear_w8a8" in details
     assert "modeling_llama.py" in details

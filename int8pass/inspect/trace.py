@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from torch._logging import trace_structured
+from torch._logging._internal import trace_structured
 
 from int8pass.inspect.collect import describe, describe_scheme
 from int8pass.pipeline import Facts
