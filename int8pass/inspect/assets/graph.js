@@ -101,7 +101,19 @@ function visible(model) {
   fans.forEach((id) => { boxes.get(id).fan = out.get(id); });
   edges = edges.filter((e) => !fans.has(e.from) || e.sites.size);
   chain(boxes, edges);
-  return { boxes: [...boxes.values()], edges: edges.filter((e) => !e.gone), frames: [...frames] };
+  return { boxes: [...boxes.values()], edges: downward([...boxes.keys()], edges.filter((e) => !e.gone)), frames: [...frames] };
+}
+
+/* Modules may feed each other; the layout wants no cycle, so what runs upwards is drawn as part of the way down. */
+function downward(ids, edges) {
+  const order = new Map(ids.map((id, i) => [id, i])), found = new Map();
+  for (const edge of edges) {
+    const up = order.get(edge.from) > order.get(edge.to), [from, to] = up ? [edge.to, edge.from] : [edge.from, edge.to];
+    const known = found.get(`${from}\r${to}`) ?? { from, to, sites: new Set() };
+    edge.sites.forEach((site) => known.sites.add(site));
+    found.set(`${from}\r${to}`, known);
+  }
+  return [...found.values()].filter((e) => e.from !== e.to);
 }
 
 /* a → b becomes one box when a feeds b alone and b reads a alone, in one module, with nothing on the edge. */
@@ -147,16 +159,23 @@ function draw() {
   view.graph = models.get(view.stage) ?? modelOf(view.stage);
   models.set(view.stage, view.graph);
   const { boxes, edges, frames } = visible(view.graph);
-  const nodes = boxes.map((box) => ({ v: box.id, ...sizeOf(box), parent: box.parent || undefined, box }));
+  let nodes = boxes.map((box) => ({ v: box.id, ...sizeOf(box), parent: box.parent || undefined, box }));
   for (const path of frames) nodes.push({ v: path, width: 0, height: 0, parent: view.graph.groups.get(path).parent || undefined, frame: path });
-  const links = edges.map((edge) => {
+  const linked = () => edges.map((edge) => {
     const badge = edge.sites.size ? badgeOf(edge.sites) : null;
     return { v: edge.from, w: edge.to, minlen: 1, weight: 1, width: badge ? badge.text.length * 6.6 + 10 : 0, height: badge ? 16 : 0,
       labeloffset: 4, labelpos: "r", badge };
   });
   const layout = { nodesep: 18, ranksep: 34 };
   if (nodes.length > 800) layout.ranker = "longest-path";
-  dagre.layout(nodes, links, layout, {});
+  let links = linked();
+  try {
+    dagre.layout(nodes, links, layout, {});
+  } catch { // some nestings are more than dagre can do: the same boxes without frames
+    nodes = boxes.map((box) => ({ v: box.id, ...sizeOf(box), box }));
+    links = linked();
+    dagre.layout(nodes, links, layout, {});
+  }
   paint(nodes, links);
 }
 
