@@ -13,6 +13,7 @@ from int8pass import pipeline
 from int8pass.capture import Program, from_dynamo
 from int8pass.errors import GradientError
 from int8pass.graph.constants import Constant, Store
+from int8pass.inspect import trace
 from int8pass.lower import Compiled, compile_with_inductor, lift_constants, mark_placeholders
 from int8pass.quantize import pack_rounded, pack_weight
 from int8pass.recipe import Options
@@ -48,6 +49,7 @@ def int8(
     facts = pipeline.to_portable(program, settings.recipe)
     counts_overflow = _output_overflow(program, facts.overflows)
     pipeline.to_lowered(program, facts)
+    trace.emit(facts, settings.recipe)
     constants = lift_constants(program)
     mark_placeholders(program, gm)
     release = _releaser(constants, example_inputs) if settings.free_weights else None

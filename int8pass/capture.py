@@ -56,7 +56,8 @@ class Program:
         output, old = (next(n for n in reversed(g.nodes) if n.op == "output") for g in (graph, self.graph))
         output.meta.update(old.meta)
         gm = fx.GraphModule(self.gm, graph)
-        return Program(gm, self.constants.copy(gm), self.fake_mode, list(self.placeholders), self.origins)
+        constants, placeholders = self.constants.copy(gm), list(self.placeholders)
+        return Program(gm, constants, self.fake_mode, placeholders, self.origins, self.evaluated)
 
 
 def from_dynamo(gm: fx.GraphModule, inputs: Sequence[Any]) -> Program:

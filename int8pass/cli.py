@@ -1,6 +1,7 @@
 """The `int8pass` command: run, inspect, calibrate, export, lint.
 
-The only module that imports typer and rich. The table and the progress display are used by the examples too.
+The only module that imports typer; rich is imported here and by the text of a report. The table and the display of
+progress are used by the examples too.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import nn
 
 import int8pass
 from int8pass import hub, measure
-from int8pass.errors import CalibrationWarning, Int8PassError, OptionError, UnsupportedError
+from int8pass.errors import CalibrationWarning, CaptureError, Int8PassError, OptionError, UnsupportedError
 
 try:
     import typer
@@ -153,23 +154,90 @@ def run(
 
 @app.command()
 def inspect(
-    model: ModelArgument,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="As for run, or package.module:factory (returns a model, (model, args) or (model, args, data)), an "
+            "exported .pt2, an .onnx. Not needed to --diff two saved reports."
+        ),
+    ] = "",
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
     recipe: RecipeOption = "default",
-    length: Annotated[int, typer.Option(min=2, help="Tokens of the input that the graph is captured with.")] = 64,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of the input and of every window of --text.")] = 128,
+    text: Annotated[
+        Path | None, typer.Option(help="Measure activations, errors and times on this text (minutes).")
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of the text to measure on.")] = 4,
+    sensitivity: Annotated[
+        bool, typer.Option(help="With --text, also quantize one site at a time: half a run of the model per site.")
+    ] = True,
+    output: Annotated[
+        list[Path] | None,
+        typer.Option("--output", "-o", help="Write .html, .json, .dot, .svg, .txt or .nodes.json; may be repeated."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Only the worst sites, worst first.")] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="Show this graph: captured, normalized, smoothed, quantized or fused.")
+    ] = None,
+    diff: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="A B", help="What differs between two saved reports, or two recipes for MODEL."),
+    ] = None,
+    fail_under_db: Annotated[
+        float | None, typer.Option(help="Exit with 3 when a site's SQNR is less: local, without --text of its weights.")
+    ] = None,
+    fail_on_fallback: Annotated[
+        bool, typer.Option("--fail-on-fallback", help="Exit with 3 when a linear is refused that should be taken.")
+    ] = False,
 ) -> None:
-    """Print what int8 does with MODEL: its sites, and every linear not taken with the reason and source line."""
-    with _reported():
-        chosen = _recipe(recipe)
+    """Show what int8 does with MODEL: every site, its errors and costs, every linear not taken and why."""
+    from int8pass.inspect import command
+
+    with _inspection_reported():
         device_ = _device(device)
+
+        def request(settings: str) -> command.Request:
+            return command.Request(
+                model, _recipe(settings), device_, length, text, windows, sensitivity, tuple(output or ()), stage
+            )
+
         with Steps() as progress:
-            loaded, tokenizer = _load(model, dtype, device_, progress)
-            progress("inspect", 0, 1)
-            ids = hub.windows(tokenizer, length)[:1].to(device_)
-            report = int8pass.inspect(loaded, {"input_ids": ids}, recipe=chosen)
-            progress("inspect", 1, 1)
-        Console().print(str(report), markup=False, highlight=False, soft_wrap=True)
+
+            def inspected(settings: str) -> int8pass.Report:
+                if not model:
+                    raise OptionError(f"MODEL is missing ({settings} is no saved report, so a model must be inspected)")
+                load = lambda name: _load(name, dtype, device_, progress)  # noqa: E731
+                return command.report_on(request(settings), load, progress)
+
+            if diff is not None:
+                typer.echo(command.compare(*diff, inspected))
+                return
+            report = inspected(recipe)
+        command.save(report, tuple(output or ()), stage)
+        console = Console()
+        # not through the console: its own line breaks would spoil what is piped
+        typer.echo(report.to_json() if as_json else command.shown(report, top_k, stage, console.is_terminal))
+        for path in output or ():
+            Console(stderr=True).print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+        failed = command.failures(report, fail_under_db, fail_on_fallback)
+    for line in failed:
+        Console(stderr=True).print(f"int8pass: {line}", markup=False, highlight=False, soft_wrap=True)
+    if failed:
+        raise typer.Exit(3)
+
+
+@contextmanager
+def _inspection_reported() -> Iterator[None]:
+    """As `_reported`; of a model that cannot be captured, what could be seen is printed first."""
+    with _reported():
+        try:
+            yield
+        except CaptureError as failure:
+            if isinstance(failure.partial, int8pass.Report) and failure.partial.graphs:
+                typer.echo(failure.partial)
+            raise
 
 
 @app.command()

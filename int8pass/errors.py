@@ -30,7 +30,9 @@ class RecipeError(Int8PassError):
 
 
 class CaptureError(Int8PassError):
-    """The model could not be traced into pre-dispatch ATen."""
+    """The model could not be traced into pre-dispatch ATen. `partial` may hold the report of what could be seen."""
+
+    partial: object = None
 
 
 class WeightError(Int8PassError):

@@ -82,7 +82,7 @@ class Constants:
         self._by_constant: dict[Constant, str] = {}
 
     def copy(self, gm: fx.GraphModule) -> Constants:
-        """The same constants for another module with the same `get_attr` nodes."""
+        """The same constants under the same names, for another graph that reads them."""
         copied = Constants(gm, self._fake_mode)
         for name, constant in self._names.items():
             copied._names[name], copied._by_constant[constant] = constant, name
