@@ -13,8 +13,9 @@ from int8pass import pipeline
 from int8pass.capture import Program, from_dynamo
 from int8pass.errors import GradientError
 from int8pass.graph.constants import Constant, Store
+from int8pass.inspect import trace
 from int8pass.lower import Compiled, compile_with_inductor, lift_constants, mark_placeholders
-from int8pass.quantize import pack_weight
+from int8pass.quantize import pack_rounded, pack_weight
 from int8pass.recipe import Options
 from int8pass.release import release_weights
 
@@ -48,6 +49,7 @@ def int8(
     facts = pipeline.to_portable(program, settings.recipe)
     counts_overflow = _output_overflow(program, facts.overflows)
     pipeline.to_lowered(program, facts)
+    trace.emit(facts, settings.recipe)
     constants = lift_constants(program)
     mark_placeholders(program, gm)
     release = _releaser(constants, example_inputs) if settings.free_weights else None
@@ -89,8 +91,9 @@ def _releaser(constants: list[Constant], inputs: Sequence[Any]) -> Callable[[], 
 
 def _packed_weights(constant: Constant) -> set[Constant]:
     """The 2-D weights that a constant replaces (not the norms and biases it was made with)."""
-    if constant.compute is pack_weight:
-        return set(constant.sources[0].parameters())
+    if constant.compute in (pack_weight, pack_rounded):
+        # The first: a smoothed weight is made from the weight and, after it, what its norm gives the vector.
+        return set(constant.sources[0].parameters()[:1])
     return {p for source in constant.sources for p in _packed_weights(source)}
 
 

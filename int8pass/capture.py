@@ -49,6 +49,16 @@ class Program:
     def graph(self) -> fx.Graph:
         return self.gm.graph
 
+    def copy(self) -> Program:
+        """The same program with a graph of its own: stages may change one and not the other."""
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self.graph, {}))
+        output, old = (next(n for n in reversed(g.nodes) if n.op == "output") for g in (graph, self.graph))
+        output.meta.update(old.meta)
+        gm = fx.GraphModule(self.gm, graph)
+        constants, placeholders = self.constants.copy(gm), list(self.placeholders)
+        return Program(gm, constants, self.fake_mode, placeholders, self.origins, self.evaluated)
+
 
 def from_dynamo(gm: fx.GraphModule, inputs: Sequence[Any]) -> Program:
     """Retrace what Dynamo handed to the backend.
@@ -175,11 +185,19 @@ def _view_chain(node: fx.Node) -> list[fx.Node]:
 
 
 def from_export(exported: torch.export.ExportedProgram) -> Program:
-    """The same IR from torch.export: parameters and buffers become constants, inputs stay placeholders."""
+    """The same IR from torch.export: parameters and buffers become constants, inputs stay placeholders.
+
+    Raises:
+        CaptureError: a region computes under autocast.
+    """
     lifted = exported.graph_signature
     inputs = {**lifted.inputs_to_parameters, **lifted.inputs_to_buffers, **lifted.inputs_to_lifted_tensor_constants}
     gm = fx.GraphModule(exported.graph_module, fx.Graph())
     gm.graph.output(gm.graph.graph_copy(exported.graph, {}))
+    for name, body in exported.graph_module.named_children():
+        gm.add_module(name, body)
+    _inline_regions(gm)
+    _drop_aliases(gm)
     nodes = _placeholders(gm.graph)
     fake_mode = next(n.meta["val"].fake_mode for n in nodes if isinstance(n.meta.get("val"), Tensor))
     constants = Constants(gm, fake_mode)
@@ -193,3 +211,48 @@ def from_export(exported: torch.export.ExportedProgram) -> Program:
     _reads_after_placeholders(gm.graph)
     gm.recompile()
     return Program(gm, constants, fake_mode, remaining)
+
+
+def _inline_regions(gm: fx.GraphModule) -> None:
+    """Put the bodies of `torch.no_grad()` and disabled `autocast` regions where they are called.
+
+    torch.export makes a subgraph of each. For inference they say nothing, and a linear in one would not be seen.
+    """
+    regions = {torch.ops.higher_order.wrap_with_set_grad_enabled: 1, torch.ops.higher_order.wrap_with_autocast: 4}
+    found = [n for n in gm.graph.nodes if n.target in regions]
+    for node in found:
+        position = regions[node.target]
+        if position == 4 and node.args[2]:
+            raise CaptureError("a part of the model computes under torch.autocast: export it in one dtype instead")
+        body = getattr(gm, str(node.args[position].target))
+        _inline_regions(body)
+        inputs = dict(zip(_placeholders(body.graph), node.args[position + 1 :]))
+        with gm.graph.inserting_before(node):
+            results = gm.graph.graph_copy(body.graph, inputs)
+        for user in list(node.users):  # a region returns a tuple
+            user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
+            gm.graph.erase_node(user)
+        gm.graph.erase_node(node)
+    if found:
+        gm.graph.eliminate_dead_code()
+
+
+def _drop_aliases(gm: fx.GraphModule) -> None:
+    """`detach_(x)`, `lift_fresh_copy(x)`, `cat([empty, x])` ⇒ `x`, assertions on dtypes ⇒ nothing.
+
+    How torch.export writes tensors made in the model's code, casts, and the first step of a growing cache.
+    """
+    aten = torch.ops.aten
+    names = {aten.detach_.default, aten.detach.default, aten.lift_fresh_copy.default, aten.lift_fresh.default}
+    for node in list(gm.graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:
+            gm.graph.erase_node(node)
+            continue
+        source = node.args[0] if node.target in names else None
+        if node.target is aten.cat.default:
+            parts = [part for part in node.args[0] if tuple(part.meta["val"].shape) != (0,)]
+            source = parts[0] if len(parts) == 1 else None
+        if source is not None:
+            node.replace_all_uses_with(source)
+            gm.graph.erase_node(node)
+    gm.graph.eliminate_dead_code()

@@ -1,6 +1,7 @@
-"""The `int8pass` command: run, inspect, calibrate.
+"""The `int8pass` command: run, inspect, calibrate, export, lint.
 
-The only module that imports typer and rich. The table and the progress display are used by the examples too.
+The only module that imports typer; rich is imported here and by the text of a report. The table and the display of
+progress are used by the examples too.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import shutil
 import sys
 import sysconfig
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +24,7 @@ from torch import nn
 
 import int8pass
 from int8pass import hub, measure
-from int8pass.errors import Int8PassError, OptionError, UnsupportedError
+from int8pass.errors import CalibrationWarning, CaptureError, Int8PassError, OptionError, UnsupportedError
 
 try:
     import typer
@@ -52,6 +54,31 @@ class Mode(enum.StrEnum):
     default = "default"
     reduce_overhead = "reduce-overhead"
     max_autotune = "max-autotune"
+
+
+class ExportTarget(enum.StrEnum):
+    """`portable`: one file for ONNX Runtime and OpenVINO."""
+
+    onnxruntime = "onnxruntime"
+    openvino = "openvino"
+    tensorrt = "tensorrt"
+    portable = "portable"
+
+
+class LintRuntime(enum.StrEnum):
+    """Where a linted file shall run; TensorRT's rules are checked on the graph alone."""
+
+    onnxruntime = "onnxruntime"
+    openvino = "openvino"
+    tensorrt = "tensorrt"
+
+
+class Verify(enum.StrEnum):
+    """`error`: no file; `warn`: keep it and say so; `off`: do not look."""
+
+    error = "error"
+    warn = "warn"
+    off = "off"
 
 
 ModelArgument = Annotated[
@@ -127,23 +154,90 @@ def run(
 
 @app.command()
 def inspect(
-    model: ModelArgument,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="As for run, or package.module:factory (returns a model, (model, args) or (model, args, data)), an "
+            "exported .pt2, an .onnx. Not needed to --diff two saved reports."
+        ),
+    ] = "",
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
     recipe: RecipeOption = "default",
-    length: Annotated[int, typer.Option(min=2, help="Tokens of the input that the graph is captured with.")] = 64,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of the input and of every window of --text.")] = 128,
+    text: Annotated[
+        Path | None, typer.Option(help="Measure activations, errors and times on this text (minutes).")
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of the text to measure on.")] = 4,
+    sensitivity: Annotated[
+        bool, typer.Option(help="With --text, also quantize one site at a time: half a run of the model per site.")
+    ] = True,
+    output: Annotated[
+        list[Path] | None,
+        typer.Option("--output", "-o", help="Write .html, .json, .dot, .svg, .txt or .nodes.json; may be repeated."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Only the worst sites, worst first.")] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="Show this graph: captured, normalized, smoothed, quantized or fused.")
+    ] = None,
+    diff: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="A B", help="What differs between two saved reports, or two recipes for MODEL."),
+    ] = None,
+    fail_under_db: Annotated[
+        float | None, typer.Option(help="Exit with 3 when a site's SQNR is less: local, without --text of its weights.")
+    ] = None,
+    fail_on_fallback: Annotated[
+        bool, typer.Option("--fail-on-fallback", help="Exit with 3 when a linear is refused that should be taken.")
+    ] = False,
 ) -> None:
-    """Print what int8 does with MODEL: its sites, and every linear not taken with the reason and source line."""
-    with _reported():
-        chosen = _recipe(recipe)
+    """Show what int8 does with MODEL: every site, its errors and costs, every linear not taken and why."""
+    from int8pass.inspect import command
+
+    with _inspection_reported():
         device_ = _device(device)
+
+        def request(settings: str) -> command.Request:
+            return command.Request(
+                model, _recipe(settings), device_, length, text, windows, sensitivity, tuple(output or ()), stage
+            )
+
         with Steps() as progress:
-            loaded, tokenizer = _load(model, dtype, device_, progress)
-            progress("inspect", 0, 1)
-            ids = hub.windows(tokenizer, length)[:1].to(device_)
-            report = int8pass.inspect(loaded, {"input_ids": ids}, recipe=chosen)
-            progress("inspect", 1, 1)
-        Console().print(str(report), markup=False, highlight=False, soft_wrap=True)
+
+            def inspected(settings: str) -> int8pass.Report:
+                if not model:
+                    raise OptionError(f"MODEL is missing ({settings} is no saved report, so a model must be inspected)")
+                load = lambda name: _load(name, dtype, device_, progress)  # noqa: E731
+                return command.report_on(request(settings), load, progress)
+
+            if diff is not None:
+                typer.echo(command.compare(*diff, inspected))
+                return
+            report = inspected(recipe)
+        command.save(report, tuple(output or ()), stage)
+        console = Console()
+        # not through the console: its own line breaks would spoil what is piped
+        typer.echo(report.to_json() if as_json else command.shown(report, top_k, stage, console.is_terminal))
+        for path in output or ():
+            Console(stderr=True).print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+        failed = command.failures(report, fail_under_db, fail_on_fallback)
+    for line in failed:
+        Console(stderr=True).print(f"int8pass: {line}", markup=False, highlight=False, soft_wrap=True)
+    if failed:
+        raise typer.Exit(3)
+
+
+@contextmanager
+def _inspection_reported() -> Iterator[None]:
+    """As `_reported`; of a model that cannot be captured, what could be seen is printed first."""
+    with _reported():
+        try:
+            yield
+        except CaptureError as failure:
+            if isinstance(failure.partial, int8pass.Report) and failure.partial.graphs:
+                typer.echo(failure.partial)
+            raise
 
 
 @app.command()
@@ -153,18 +247,125 @@ def calibrate(
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
     recipe: RecipeOption = "outlier-columns",
-    windows: Annotated[int, typer.Option(min=1, max=100, help="Windows of 512 tokens to run through MODEL.")] = 8,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="UTF-8 text like what MODEL will read (default: Python's help).")
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to run through MODEL.")] = 8,
+    columns: Annotated[int | None, typer.Option(min=1, help="Float columns per site.")] = None,
+    cost: Annotated[float | None, typer.Option(min=1.0, help="Budget: multiple of plain int8's cost.")] = None,
+    error: Annotated[float | None, typer.Option(min=0.0, help="Budget: mean relative error of the sites.")] = None,
 ) -> None:
     """Run text through MODEL, and write a recipe for `int8pass run MODEL --recipe FILE` and for torch.compile."""
     with _reported():
-        _recipe(recipe)  # a wrong name is said before anything is loaded
+        chosen = _recipe(recipe)  # a wrong name is said before anything is loaded
         device_ = _device(device)
         _require_folder("--output", output)
-        with Steps() as progress:
+        content = _text(text)
+        with Steps() as progress, _warnings_printed():
             loaded, tokenizer = _load(model, dtype, device_, progress)
-            made = calibrated(loaded, hub.windows(tokenizer, measure.LENGTH), windows, recipe, progress)
+            if content is None:
+                batches = _batches(hub.windows(tokenizer, measure.LENGTH), windows, CALIBRATION_START)
+            else:
+                batches = _batches(hub.windows(tokenizer, measure.LENGTH, content), windows, 0)
+            made = int8pass.calibrate(
+                loaded,
+                [{"input_ids": ids.to(device_)} for ids in batches],
+                chosen,
+                columns=columns,
+                cost=cost,
+                error=error,
+                progress=progress,
+            )
         made.save(output)
-        Console().print(f"wrote {output}", markup=False, highlight=False, soft_wrap=True)
+        errors = [site.error for site in made.sites.values() if site.error is not None]
+        Console().print(
+            f"wrote {output}: {len(made.sites)} sites, mean relative error {sum(errors) / max(1, len(errors)):.2e}",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(help="A recipe file.")],
+    second: Annotated[Path, typer.Argument(help="Another.")],
+) -> None:
+    """Print what differs between two recipes, one line each; exit 1 where something does."""
+    with _reported():
+        lines = int8pass.Recipe.load(first).diff(int8pass.Recipe.load(second))
+    for line in lines or ["no difference"]:
+        Console().print(line, markup=False, highlight=False, soft_wrap=True)
+    if lines:
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")] = Path("model.onnx"),
+    target: Annotated[ExportTarget, typer.Option(help="The runtime whose int8 kernels the file is written for.")] = (
+        ExportTarget.onnxruntime
+    ),
+    recipe: RecipeOption = "default",
+    with_past: Annotated[
+        bool, typer.Option("--with-past", help="The graph for one more token, with past keys and values.")
+    ] = False,
+    static: Annotated[bool, typer.Option("--static", help="Only the shapes of the example, no other length.")] = False,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of the example that the graph is traced with.")] = 64,
+    verify: Annotated[Verify, typer.Option(help="What to do with a file that does not verify.")] = Verify.error,
+) -> None:
+    """Write MODEL as an ONNX file that TARGET runs in int8, and check in TARGET that it does."""
+    with _reported():
+        from int8pass import example_inputs
+        from int8pass.export import export_onnx
+
+        chosen = _recipe(recipe)
+        _require_folder("--output", output)
+        with Steps() as progress:
+            loaded, tokenizer = _load(model, Dtype.float32, torch.device("cpu"), progress)
+            ids = hub.windows(tokenizer, length)[:1]
+            make = example_inputs.decode if with_past else example_inputs.prefill
+            example = make(loaded, ids, dynamic=not static)
+            made = export_onnx(
+                loaded,
+                example.args,
+                output,
+                recipe=chosen,
+                target=target.value,
+                dynamic_shapes=example.dynamic_shapes,
+                verify={Verify.error: True, Verify.warn: "warn", Verify.off: False}[verify],  # type: ignore[arg-type]
+                progress=progress,
+            )
+        Console().print(str(made), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def lint(
+    file: Annotated[Path, typer.Argument(help="An ONNX model with QuantizeLinear / DequantizeLinear, by any tool.")],
+    runtime: Annotated[LintRuntime, typer.Option(help="Where it shall run in int8.")] = LintRuntime.onnxruntime,
+    fix: Annotated[bool, typer.Option("--fix", help="Rewrite what is safe, then look again.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where --fix writes the model (default: in its place).")
+    ] = None,
+) -> None:
+    """Say which linears of FILE run in int8 and which fell back, why, and how to repair it.
+
+    Exit code 0: all of them run in int8. 1: some do not, the file does not load, or nothing in it is quantized.
+    """
+    with _reported():
+        try:
+            from int8pass.qdq import lint as linter
+        except ModuleNotFoundError as missing:
+            raise UnsupportedError(f"lint needs {missing.name}: pip install 'int8pass[onnx]'") from missing
+        console = Console()
+        if output is not None and not fix:
+            raise OptionError("--output says where --fix writes; give --fix too")
+        if fix:
+            for name, count in linter.fix(file, output).items():
+                console.print(f"fixed {name}: {count} places", markup=False, highlight=False, soft_wrap=True)
+        found = linter.lint(output or file, runtime.value)
+        console.print(str(found), markup=False, highlight=False, soft_wrap=True)
+        if not found.passed:
+            raise typer.Exit(1)
 
 
 def table(comparison: measure.Comparison) -> Table:
@@ -229,17 +430,37 @@ def calibrated(
     model: nn.Module, text: torch.Tensor, count: int, recipe: str, progress: measure.Progress
 ) -> int8pass.Recipe:
     """A recipe from `count` windows of `text`, taken far from those that perplexity is measured on."""
-    first = max(0, min(CALIBRATION_START, len(text) - count))
     device = next(model.parameters()).device
-    progress("calibrate", 0, count)
-    made = int8pass.calibrate(
-        model,
-        [{"input_ids": window[None].to(device)} for window in text[first : first + count]],
-        recipe,
-        progress=lambda done: progress("calibrate", done, count),
-    )
-    progress("calibrate", count, count)
-    return made
+    batches = [{"input_ids": ids.to(device)} for ids in _batches(text, count, CALIBRATION_START)]
+    return int8pass.calibrate(model, batches, recipe, progress=progress)
+
+
+def _batches(windows: torch.Tensor, count: int, start: int) -> list[torch.Tensor]:
+    """`count` windows from `start` on, or the last ones there are, as batches of one."""
+    if not len(windows):
+        raise OptionError(f"--text: fewer than {measure.LENGTH} tokens; calibration needs at least one window of them.")
+    first = max(0, min(start, len(windows) - count))
+    return [window[None] for window in windows[first : first + count]]
+
+
+def _text(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as failure:
+        raise OptionError(f"--text {path}: cannot be read as UTF-8 text: {failure}") from failure
+
+
+@contextmanager
+def _warnings_printed() -> Iterator[None]:
+    """What calibration warns of, as one line on stderr each."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CalibrationWarning)
+        yield
+    for warning in caught:
+        if issubclass(warning.category, CalibrationWarning):
+            Console(stderr=True).print(f"int8pass: {warning.message}", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

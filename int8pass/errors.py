@@ -8,6 +8,7 @@
     ├── GradientError        gradients were requested; the pass is for inference
     ├── CalibrationError     calibration data that is empty, non-finite or does not fit the model
     ├── UnsupportedError     a device or op without an implementation
+    ├── ExportError          an ONNX model that could not be written, read or verified
     └── StageError           a stage broke its contract: a bug in int8pass
 
 Every message says what was found, where (site, node, source line of the model where known) and what to do next.
@@ -29,7 +30,9 @@ class RecipeError(Int8PassError):
 
 
 class CaptureError(Int8PassError):
-    """The model could not be traced into pre-dispatch ATen."""
+    """The model could not be traced into pre-dispatch ATen. `partial` may hold the report of what could be seen."""
+
+    partial: object = None
 
 
 class WeightError(Int8PassError):
@@ -48,5 +51,13 @@ class UnsupportedError(Int8PassError):
     """A device or op without an implementation."""
 
 
+class ExportError(Int8PassError):
+    """An ONNX model could not be written, could not be read, or does not run in int8."""
+
+
 class StageError(Int8PassError):
     """A stage broke its contract; please report it with the printed graph."""
+
+
+class CalibrationWarning(UserWarning):
+    """Calibration went on, and part of the model did not get what it asked for."""

@@ -29,13 +29,18 @@ def fuse(program: Program, merge: Callable[[fx.Node], bool] = lambda node: True)
     log = apply_rules(
         program,
         (
-            fuse_outlier_linear, fuse_linear, fuse_weight_only, fuse_split_quantize, fuse_split_quantize_dynamic,
-            fuse_norm, fuse_add_norm, fuse_gate_product,
+            fuse_outlier_linear, fuse_linear, fuse_outlier_group_linear, fuse_group_linear, fuse_weight_only,
+            fuse_split_quantize, fuse_split_quantize_dynamic, fuse_norm, fuse_add_norm, fuse_gate_product,
         ),
     )  # fmt: skip
     log.hits["merge_linears"] += merge_linears(program, merge)
     log.hits += apply_rules(program, (fuse_gated_linear,)).hits
     return log
+
+
+def fuse_linears(program: Program) -> RewriteLog:
+    """Only what makes int8 linears one op each: for a target whose compiler fuses the rest by itself."""
+    return apply_rules(program, (fuse_outlier_linear, fuse_linear, fuse_weight_only))
 
 
 def column_sums(codes: Tensor) -> Tensor:
@@ -46,6 +51,11 @@ def column_sums(codes: Tensor) -> Tensor:
 _WEIGHT = call("dequantize_weight", Bind("weight"), Bind("weight_scale"))
 _INLIERS = call("dequantize", Bind("codes"), Bind("scale"), Bind("zero_point"), Bind("dtype"))
 _PRODUCT = Call("linear", (_INLIERS, _WEIGHT))
+_GROUP_WEIGHT = call(
+    "dequantize_weight_groups", Bind("weight"), Bind("weight_scale"), Bind("group"), Bind("weight_dtype")
+)
+_GROUP_PRODUCT = Call("linear", (_INLIERS, _GROUP_WEIGHT), bind="linear")
+_GROUP_WITH_OUTLIERS = add(_GROUP_PRODUCT, call("linear", Bind("outliers"), Bind("outlier_weight")))
 _OUTLIERS = one_of(
     call("linear", Bind("outliers"), call("index_select", _WEIGHT, 1, Bind("columns"))),
     call("linear", Bind("outliers"), Bind("outlier_weight")),
@@ -84,6 +94,26 @@ def fuse_linear(node: fx.Node, edit: Edit) -> fx.Node | None:
     """`linear(dequantize(q, s, z), dequantize_weight(W, w_s), b)` ⇒ `linear_w8a8(q, s, z, W, w_s, ΣW, b)`"""
     found = _PRODUCT.match(node)
     return _linear(node, edit, found, _bias(node)) if found else None
+
+
+def _group_linear(node: fx.Node, edit: Edit, found: dict[str, fx.Node]) -> fx.Node:
+    """A `linear_w8a8_groups` call in place of `node`."""
+    arguments = [found[k] for k in ("codes", "scale", "zero_point", "weight", "weight_scale", "group")]
+    outliers = (found.get("outliers"), found.get("outlier_weight"))
+    target = linear_ops.linear_w8a8_groups.overload
+    return edit.call(target, *arguments, _bias(found["linear"]), *outliers, node.meta["val"].dtype, before=node)
+
+
+def fuse_outlier_group_linear(node: fx.Node, edit: Edit) -> fx.Node | None:
+    """`linear(dequantize(q), Ŵ of groups, b) + linear(outliers, W_o)` ⇒ `linear_w8a8_groups(q, …, outliers, W_o)`"""
+    found = _GROUP_WITH_OUTLIERS.match(node)
+    return None if found is None or len(found["linear"].users) != 1 else _group_linear(node, edit, found)
+
+
+def fuse_group_linear(node: fx.Node, edit: Edit) -> fx.Node | None:
+    """`linear(dequantize(q), dequantize_weight_groups(W, w_s, g), b)` ⇒ `linear_w8a8_groups(q, W, w_s, g, b)`"""
+    found = _GROUP_PRODUCT.match(node)
+    return None if found is None else _group_linear(node, edit, found)
 
 
 def fuse_weight_only(node: fx.Node, edit: Edit) -> fx.Node | None:
@@ -278,7 +308,7 @@ def merge_linears(program: Program, allowed: Callable[[fx.Node], bool]) -> int:
 
 # Argument positions that differ between merged linears: weight, scale, sums, bias (and float outlier weight).
 _CODES = 3
-_PARTS = {"linear_w8a8": (3, 4, 5, 6, 8), "linear_w8a16": (1, 2, 3)}
+_PARTS = {"linear_w8a8": (3, 4, 5, 6, 8), "linear_w8a8_groups": (3, 4, 6, 8), "linear_w8a16": (1, 2, 3)}
 
 
 def _merge_key(node: fx.Node, edit: Edit) -> tuple[object, ...] | None:

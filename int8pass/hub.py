@@ -133,13 +133,14 @@ def evaluation_text() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def windows(tokenizer: Any, size: int = 512) -> Tensor:
-    """`evaluation_text()` as token ids, int64 `[count, size]`: consecutive windows, the rest at the end dropped.
+def windows(tokenizer: Any, size: int = 512, text: str | None = None) -> Tensor:
+    """`text` (default: `evaluation_text()`) as token ids, int64 `[count, size]`: windows one after the other, the rest
+    at the end dropped.
 
     Evaluate on the first ones and calibrate on windows 100 and later (SmolLM2 has 220 windows of 512).
     """
     # verbose=False: the tokenizer would remark that the text is longer than the model's context
-    ids = tokenizer(evaluation_text(), add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokenizer(evaluation_text() if text is None else text, add_special_tokens=False, verbose=False)["input_ids"]
     count = len(ids) // size
     return torch.tensor(ids[: count * size], dtype=torch.int64).view(count, size)
 

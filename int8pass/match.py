@@ -9,6 +9,7 @@ reason, the node and the line of the model's source. Does not change the graph.
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -42,6 +43,7 @@ _POINTWISE_EXIT = ACTIVATIONS | {
 }
 _STACKED = {"bmm", "baddbmm", "_grouped_mm", "matmul", "mm", "addmm", "einsum", "_scaled_grouped_mm"}
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_HEAD = "the output head stays in its dtype (options={'quantize_head': True} takes it too)"
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ class Refusal:
     linear: str
     reason: str
     node: fx.Node
+    asked: bool = False
+    """The settings ask for it: the output head, a site to keep."""
 
     @property
     def source(self) -> str:
@@ -113,7 +117,8 @@ def match(program: Program, recipe: Recipe) -> Matches:
         weight = program.constants.get(node.args[1])
         path = weight.label.removesuffix(".T").removesuffix(".weight") if weight else module_path(node)
         if refused or weight is None:
-            refusals.append(Refusal(module_path(node) or path, refused or "its weight is computed in the graph", node))
+            reason = refused or "its weight is computed in the graph"
+            refusals.append(Refusal(module_path(node) or path, reason, node, asked=refused == _HEAD))
             continue
         source = node.args[0]
         assert isinstance(source, fx.Node)
@@ -122,7 +127,7 @@ def match(program: Program, recipe: Recipe) -> Matches:
     for source, found in readers.items():
         site = Site(found[0].path, source, producer_of(source), tuple(found))
         if recipe.at(site.name).keep:
-            refusals += [Refusal(r.path, "kept in its dtype by the recipe", r.node) for r in found]
+            refusals += [Refusal(r.path, "kept in its dtype by the recipe", r.node, asked=True) for r in found]
         else:
             sites.append(site)
     return Matches(tuple(sites), tuple(refusals))
@@ -152,7 +157,7 @@ def _refuse(node: fx.Node, program: Program, recipe: Recipe, mutated: set[fx.Nod
     if _feeds(node, "topk"):
         return "a router: its result chooses experts (topk), and a small error changes the choice"
     if not recipe.quantize_head and is_head(node):
-        return "the output head stays in its dtype (options={'quantize_head': True} takes it too)"
+        return _HEAD
     return None
 
 
@@ -224,10 +229,16 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     if not stack:
         return node.name
-    path = str(list(stack.values())[-1][0])
-    keys = re.findall(r"\['([^']+)'\]|\.([A-Za-z_]\w*)|\[(\d+)\]", path)
-    parts = [a or b or c for a, b, c in keys if (a or b or c) not in {"_modules", "self", "fn"}]
-    return ".".join(parts) or node.name
+    return dotted_path(str(list(stack.values())[-1][0])) or node.name
+
+
+@functools.lru_cache(maxsize=4096)
+def dotted_path(expression: str) -> str:
+    """`L['self'].model.layers.0.mlp` and `L['self']._modules['model']…` → `model.layers.0.mlp`."""
+    if re.fullmatch(r"[\w.]+", expression) and not expression.startswith("L__self"):
+        return expression  # torch.export's, which is the path itself
+    keys = re.findall(r"\['([^']+)'\]|\.([A-Za-z_]\w*)|\[(\d+)\]", expression)
+    return ".".join(key for key in map("".join, keys) if key not in {"_modules", "self", "fn"})
 
 
 def source_line(node: fx.Node) -> str:

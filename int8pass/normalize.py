@@ -28,7 +28,8 @@ def normalize(program: Program) -> RewriteLog:
         return None if node in frozen or (node.args and node.args[0] in frozen) else drop_noop(node, edit)
 
     drop.__name__ = drop_noop.__name__
-    rules: tuple[Rule, ...] = (drop, addmm_to_linear, matmul_to_linear, add_bias, raise_rms_norm, aten_rms_norm)
+    norms: tuple[Rule, ...] = (raise_rms_norm, aten_rms_norm, fold_shift)
+    rules: tuple[Rule, ...] = (drop, addmm_to_linear, matmul_to_linear, add_bias, *norms)
     return apply_rules(program, rules)
 
 
@@ -192,3 +193,19 @@ def aten_rms_norm(node: fx.Node, edit: Edit) -> fx.Node | None:
     # ATen's default is that of the dtype it computes in.
     epsilon = torch.finfo(torch.float32).eps if eps is None else eps
     return edit.call(rms_norm.overload, x, gamma, epsilon, 0.0, False, before=node)
+
+
+def plus(vector: Tensor, number: float) -> Tensor:
+    """`vector + number`."""
+    return vector + number
+
+
+def fold_shift(node: fx.Node, edit: Edit) -> fx.Node | None:
+    """`w + 1` of a constant vector ⇒ a constant: the gamma of LayerNorms that store w = γ - 1"""
+    if op_name(node) != "add" or node.kwargs or len(node.args) != 2:
+        return None
+    vector, number = node.args
+    constant = edit.constant(vector)
+    if constant is None or not isinstance(number, (int, float)) or node.meta["val"].dim() != 1:
+        return None
+    return edit.derive(f"{constant.label}+{number}", plus, [constant], float(number), before=node)[0]

@@ -9,6 +9,7 @@ Every stage says in its module what it requires and ensures; `dialect.check` ass
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +26,9 @@ from int8pass.normalize import normalize
 from int8pass.quantize import Quantized, quantize
 from int8pass.recipe import Recipe
 from int8pass.smooth import Smoothing, smooth
+
+log = logging.getLogger(__name__)
+"""Every refusal, at INFO: `TORCH_LOGS="+int8pass"`, or logging.getLogger("int8pass").setLevel(...)."""
 
 
 @dataclass
@@ -48,30 +52,50 @@ class Facts:
 Watch = Callable[[str, Program], None]
 
 
-def to_portable(program: Program, recipe: Recipe, watch: Watch = lambda stage, program: None) -> Facts:
-    """Capture's program → portable form, in place. `watch` sees the program after every stage."""
-    facts = Facts()
+def to_normalized(program: Program, watch: Watch = lambda stage, program: None) -> RewriteLog:
+    """Capture's program → normalized form, in place."""
     dialect.check(program, "captured")
     watch("captured", program)
-    facts.normalized = normalize(program)
+    rewrites = normalize(program)
     dialect.check(program, "normalized")
     watch("normalized", program)
+    return rewrites
+
+
+def to_portable(
+    program: Program,
+    recipe: Recipe,
+    watch: Watch = lambda stage, program: None,
+    normalized: RewriteLog | None = None,
+) -> Facts:
+    """Capture's program → portable form, in place. `watch` sees the program after every stage.
+
+    A program that is normalized already comes with the log of that.
+    """
+    facts = Facts(normalized=to_normalized(program, watch) if normalized is None else normalized)
     facts.matches = match(program, recipe)
+    for refusal in facts.matches.refusals:
+        log.info("not taken: %s: %s (%s)", refusal.linear, refusal.reason, refusal.source or "source unknown")
     facts.smoothing = smooth(program, facts.matches.sites, recipe)
     watch("smoothed", program)
-    facts.quantized, facts.overflows = quantize(program, facts.matches, recipe, facts.smoothing.vectors)
+    facts.quantized, facts.overflows = quantize(program, facts.matches, recipe)
     dialect.check(program, "portable")
     watch("portable", program)
     return facts
 
 
-def to_lowered(program: Program, facts: Facts, watch: Watch = lambda stage, program: None) -> None:
-    """Portable form → implementations for the device of its tensors, in place."""
+def to_fused(program: Program, facts: Facts, watch: Watch = lambda stage, program: None) -> None:
+    """Portable form → fused ops, in place."""
     facts.fused = fuse(program)
     dialect.check(program, "fused")
     watch("fused", program)
+
+
+def to_lowered(program: Program, facts: Facts, watch: Watch = lambda stage, program: None) -> None:
+    """Portable form → implementations for the device of its tensors, in place."""
+    to_fused(program, facts, watch)
     facts.implementations = choose_implementations(program)
     watch("lowered", program)
 
 
-__all__ = ["Facts", "to_lowered", "to_portable"]
+__all__ = ["Facts", "to_fused", "to_lowered", "to_normalized", "to_portable"]

@@ -10,31 +10,36 @@ Recipe
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args, get_type_hints
 
-from int8pass.errors import OptionError, RecipeError
+from torch import Tensor
 
-FORMAT = 1  # of the JSON file; raised when a reader of this version could misread a file
+from int8pass.errors import OptionError
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the input and the weights of a site become int8. Weights are always symmetric, one scale per output channel.
+    """How the input and the weights of a site become int8. Weights are always symmetric.
 
-    The defaults are the data-free default; `docs/data-free-default.md` has the measurements behind them.
+    The defaults are the data-free default; `docs/data-free-default.md` has the measurements behind them. What is
+    marked (c) is read by `int8pass.calibrate` alone, which writes what it found into the sites.
     """
 
-    activations: Literal["per_token", "none"] = "per_token"
-    """Dynamic int8, one scale per token; or "none": weight-only int8."""
+    activations: Literal["per_token", "per_tensor", "static", "none"] = "per_token"
+    """Dynamic int8 with one scale per token, or one per tensor; static int8 with a calibrated range per tensor; or
+    "none": weight-only int8."""
     symmetric: bool = False
     """Symmetric codes, or (default) affine ones with a zero point, corrected exactly in int32."""
+    weights: Literal["per_channel", "per_tensor", "group"] = "per_channel"
+    """One scale per output channel, one in all, or one per `group_size` adjacent columns of each output channel, whose
+    products accumulate in int32 group by group (ZeroQuant, arXiv 2206.01861)."""
+    group_size: int = 128
+    """32 to 256, for `weights="group"`."""
     outliers: Literal["none", "largest", "threshold", "static"] = "largest"
     """Columns that stay in float: none; the largest of every call; those above `threshold` in every call (LLM.int8(),
     arXiv 2208.07339); or the columns that calibration chose (with their weights in the original dtype)."""
@@ -46,7 +51,20 @@ class Scheme:
     """Move difficulty from activations to weights (`int8pass.smooth`): not at all; the extreme channels of a norm's
     gamma, found without data; or by the exponents that calibration found for every channel of every site."""
     smoothing_threshold: float = 8.0
-    """Channels whose gamma-to-weight ratio exceeds this many medians are smoothed."""
+    """Channels whose gamma-to-weight ratio exceeds this many medians are smoothed, for `smoothing="outliers"`."""
+    alpha: float | None = 0.5
+    """(c) α of s = X^α / W^(1-α) (SmoothQuant, arXiv 2211.10438, equation 4). None: searched per site, by the output
+    error on batches that did not set the ranges; where one range serves a whole tensor, vectors that touch its outlier
+    channels alone are tried too."""
+    statistic: Literal["absmax", "percentile", "rms", "mean"] = "rms"
+    """(c) What X is: the absmax of a channel over tokens, as published; its 99.9th percentile; its root mean square,
+    which one massive token cannot move far; or its mean magnitude, with that of W (AWQ, arXiv 2306.00978)."""
+    clipping: Literal["minmax", "moving_average", "percentile", "mse", "entropy", "output"] = "minmax"
+    """(c) How a static range is found: extremes; their moving average over batches; the 99.99th percentile of |x|; the
+    least squared error; the least KL divergence; or the fraction of the extremes that leaves least error in the site's
+    output."""
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    """(c) Weights to the nearest code, or column by column with the error fed forward (GPTQ, arXiv 2210.17323)."""
     one_row: Literal["same", "weight_only"] = "weight_only"
     """A graph for a single token (decode; on GPUs for up to 16) is bound by reading weights: float activations cost
     nothing there."""
@@ -58,6 +76,14 @@ class Scheme:
             raise OptionError("threshold and smoothing_threshold must be positive")
         if self.capacity is not None and self.capacity < 1:
             raise OptionError(f"capacity must be at least 1, got {self.capacity}")
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise OptionError(f"alpha must be within 0 and 1 (or None: searched), got {self.alpha}")
+        if not 32 <= self.group_size <= 256:
+            raise OptionError(f"group_size must be within 32 and 256, got {self.group_size}")
+        dynamic = self.outliers in {"largest", "threshold"} and self.activations != "none"
+        if dynamic and (self.weights == "group" or self.activations == "static"):
+            what = "group-wise weights" if self.weights == "group" else "static activations"
+            raise OptionError(f"{what} take outliers 'none' or 'static' (calibrated), not {self.outliers!r}")
 
     def columns_for(self, width: int) -> int:
         """Columns reserved per call for an input of `width` channels."""
@@ -90,10 +116,39 @@ class SiteSettings:
     """Outlier columns chosen by calibration, for `outliers="static"`."""
     exponents: tuple[float, ...] = ()
     """log2 of the smoothing vector, one per channel, for `smoothing="calibrated"`, in steps of 1/8."""
+    limits: tuple[float, float] | None = None
+    """(low, high) of the input, smoothed and without its outlier columns, for `activations="static"`."""
+    alpha: float | None = None
+    """The α that calibration used or chose; for the reader of a file."""
+    error: float | None = None
+    """Relative error of the site's output on calibration data held out for it; for the reader of a file."""
+    tokens: int = 0
+    """Tokens that calibration saw here; 0: none, or not calibrated."""
+
+    @property
+    def calibrated(self) -> bool:
+        """True when calibration saw this site."""
+        return bool(self.columns or self.exponents or self.limits or self.tokens)
+
+    def lacks(self) -> str:
+        """What the scheme needs from calibration and is not there; "" when nothing is."""
+        assert self.scheme is not None
+        if self.keep:
+            return ""
+        if self.scheme.activations == "static" and self.limits is None:
+            return "range"
+        if self.scheme.smoothing == "calibrated" and not self.exponents:
+            return "smoothing vector"
+        if self.scheme.outliers == "static" and not self.columns and not self.calibrated:
+            return "outlier columns"
+        return ""
 
 
 _DEFAULT = Scheme()
 _PLAIN = Scheme(symmetric=True, outliers="none", smoothing="none", one_row="same")
+_SMOOTHQUANT = Scheme(outliers="none", smoothing="calibrated", alpha=None)
+# A range for all tokens must hold the largest of them; one per token need not care.
+_PER_TENSOR = dataclasses.replace(_SMOOTHQUANT, statistic="absmax")
 
 PRESETS: Mapping[str, Scheme] = MappingProxyType(
     {
@@ -101,10 +156,21 @@ PRESETS: Mapping[str, Scheme] = MappingProxyType(
         "w8a8": _PLAIN,
         "w8a8-asymmetric": dataclasses.replace(_PLAIN, symmetric=False),
         "w8a16": dataclasses.replace(_PLAIN, activations="none"),
-        "llm.int8": dataclasses.replace(_PLAIN, outliers="threshold", capacity=64),
+        "llm.int8": dataclasses.replace(_PLAIN, symmetric=False, outliers="threshold", capacity=64),
+        "zeroquant": dataclasses.replace(_PLAIN, weights="group"),
+        "smoothquant-o1": _SMOOTHQUANT,
+        "smoothquant-o2": dataclasses.replace(_PER_TENSOR, activations="per_tensor"),
+        "smoothquant-o3": dataclasses.replace(_PER_TENSOR, activations="static", clipping="output"),
         "outlier-columns": Scheme(outliers="static", smoothing="calibrated", capacity=64),
+        "auto": Scheme(outliers="static", smoothing="calibrated", alpha=None),
     }
 )
+
+CALIBRATED = tuple(
+    name for name, s in PRESETS.items()
+    if "calibrated" in (s.smoothing,) or s.outliers == "static" or s.activations == "static"
+)  # fmt: skip
+"""Presets that need `int8pass.calibrate` before they can be compiled."""
 
 
 def presets() -> tuple[str, ...]:
@@ -120,6 +186,8 @@ class Recipe:
     quantize_head: bool = False
     sites: Mapping[str, SiteSettings] = field(default_factory=lambda: MappingProxyType({}))
     versions: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}), compare=False)
+    tensors: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}), compare=False, repr=False)
+    """Codes rounded by calibration, int8 [N, K] by linear: too large for JSON, `save` writes them beside it."""
 
     @staticmethod
     def preset(name: str) -> Recipe:
@@ -137,65 +205,68 @@ class Recipe:
         settings = self.sites.get(site, SiteSettings())
         return settings if settings.scheme is not None else dataclasses.replace(settings, scheme=self.scheme)
 
+    def override(self, sites: str | Iterable[str] | None = None, **fields: Any) -> Recipe:
+        """This recipe with fields of `Scheme` changed, for the whole model or for some sites (by name); `keep=True`
+        leaves sites in their dtype.
+
+        Raises:
+            OptionError: a field that does not exist, or a wrong value.
+        """
+        unknown = sorted(set(fields) - {f.name for f in dataclasses.fields(Scheme)} - {"keep"})
+        if unknown:
+            raise OptionError(f"Scheme has no field {', '.join(map(repr, unknown))}")
+        if sites is None:
+            if "keep" in fields:
+                raise OptionError("keep is a setting of single sites")
+            changed = {n: dataclasses.replace(s, scheme=dataclasses.replace(s.scheme, **fields)) if s.scheme else s
+                       for n, s in self.sites.items()}  # fmt: skip
+            scheme = dataclasses.replace(self.scheme, **fields)
+            return dataclasses.replace(self, scheme=scheme, sites=MappingProxyType(changed))
+        own = dict(self.sites)
+        for name in [sites] if isinstance(sites, str) else sites:
+            settings = self.at(name)
+            keep = bool(fields.get("keep", settings.keep))
+            assert settings.scheme is not None
+            scheme = dataclasses.replace(settings.scheme, **{k: v for k, v in fields.items() if k != "keep"})
+            own[name] = dataclasses.replace(settings, scheme=scheme, keep=keep)
+        return dataclasses.replace(self, sites=MappingProxyType(own))
+
+    def diff(self, other: Recipe) -> list[str]:
+        """What differs from `other`, one line each, for people; empty when the two give the same graphs."""
+        from int8pass import recipe_file
+
+        return recipe_file.differences(self, other)
+
     def to_json(self) -> str:
-        """Readable JSON; defaults are written too, so that a file keeps its meaning when defaults change."""
-        content = {
-            "int8pass_recipe": FORMAT,
-            "versions": dict(self.versions),
-            "quantize_head": self.quantize_head,
-            "scheme": dataclasses.asdict(self.scheme),
-            "sites": {name: dataclasses.asdict(settings) for name, settings in self.sites.items()},
-        }
-        return json.dumps(content, indent=1)
+        """Readable JSON, a vector a line; defaults are written too: a file keeps its meaning when they change."""
+        from int8pass import recipe_file
+
+        return recipe_file.to_json(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSON to `path`; a failure leaves no half-written file."""
-        target = Path(path)
-        with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False, suffix=".part") as file:
-            file.write(self.to_json() + "\n")
-        os.replace(file.name, target)
+        """Write JSON to `path` (and rounded codes, if there are, to `path` + ".pt"); a failure leaves no half-written
+        file."""
+        from int8pass import recipe_file
+
+        recipe_file.save(self, Path(path))
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Recipe:
         """Read a recipe.
 
         Raises:
-            RecipeError: the file is missing, truncated, no recipe, or of a newer format.
+            RecipeError: the file is missing, truncated, no recipe, or of a newer format, or its codes are not there.
         """
-        try:
-            content = json.loads(Path(path).read_text())
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"cannot read recipe {path}: {error}") from error
-        except json.JSONDecodeError as error:
-            raise RecipeError(f"{path} is not valid JSON (truncated?): {error}") from error
-        try:
-            return Recipe.from_dict(content)
-        except RecipeError as error:
-            raise RecipeError(f"{path}: {error}") from error
+        from int8pass import recipe_file
+
+        return recipe_file.load(Path(path))
 
     @staticmethod
     def from_dict(content: Any) -> Recipe:
         """The recipe that `to_json` wrote."""
-        if not isinstance(content, dict) or "int8pass_recipe" not in content:
-            raise RecipeError("not an int8pass recipe (no 'int8pass_recipe' key)")
-        if content["int8pass_recipe"] != FORMAT:
-            raise RecipeError(f"format {content['int8pass_recipe']!r}; this version of int8pass reads {FORMAT}")
-        try:
-            sites = {name: _site_from_dict(settings) for name, settings in content["sites"].items()}
-            return Recipe(
-                Scheme(**content["scheme"]),
-                bool(content["quantize_head"]),
-                MappingProxyType(sites),
-                MappingProxyType(dict(content["versions"])),
-            )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise RecipeError(f"malformed recipe: {error}") from error
+        from int8pass import recipe_file
 
-
-def _site_from_dict(content: Mapping[str, Any]) -> SiteSettings:
-    scheme = Scheme(**content["scheme"]) if content["scheme"] is not None else None
-    columns = tuple(int(c) for c in content["columns"])
-    return SiteSettings(scheme, bool(content["keep"]), columns, tuple(float(e) for e in content["exponents"]))
+        return recipe_file.from_dict(content)
 
 
 @dataclass(frozen=True)

@@ -1,27 +1,27 @@
 """Smooth: move the difficulty of extreme channels from activations to weights, without changing the function.
 
-Here the data-free form: a norm's gamma and the weights that read it tell which channels are scaled up by the one and
-down by the others (the emergent outliers of large models look like this from the weights' side). Such a channel costs
-the activation its resolution, or the weight column its own. SmoothQuant (arXiv 2211.10438, equation 4) balances the
-two with s_j = max|X_j|^α / max|W_j|^(1-α); with gamma in the place of max|X| and α = 1/2 no data is needed.
+SmoothQuant (arXiv 2211.10438, equation 4) divides channel j of a site's input by s_j = max|X_j|^α / max|W_j|^(1-α) and
+multiplies column j of every weight that reads it by s_j. Calibration finds s (`int8pass.calibration`); without data, a
+norm's gamma and the weights that read it tell which channels are scaled up by the one and down by the others (the
+emergent outliers of large models look like this from the weights' side): gamma takes the place of max|X|, α = 1/2.
 
-Requires: sites. Ensures: a norm whose every reader belongs to its site has γ' = γ / s (and β' = β / s) and the site
-carries s for its weights; the user's tensors are not touched, and γ' · (W·s) = γ · W: exactly where s are powers of
-two, within fp32 rounding where they are calibrated.
+Requires: sites. Ensures: the same function. A site with a vector has its input divided where `int8pass.folds` allows,
+at no cost, else by a multiply, and its weights' columns multiplied; the user's tensors are not touched.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from int8pass.capture import Program
 from int8pass.errors import RecipeError
+from int8pass.folds import Fold, Folds
+from int8pass.graph.channels import gamma_of
 from int8pass.graph.constants import Constant
 from int8pass.graph.pattern import op_name
-from int8pass.graph.rewrite import Edit
 from int8pass.match import Site
 from int8pass.recipe import Recipe
 
@@ -47,116 +47,60 @@ def _vector(gamma: Tensor, *rest: object) -> Tensor:
     return smoothing_vector(gamma, *weights, offset=offset, threshold=threshold)  # type: ignore[arg-type]
 
 
-def divide(vector: Tensor, s: Tensor) -> Tensor:
-    """`vector / s` in the dtype of `vector`; exact for a gamma when s are powers of two or `representable`."""
-    return (vector.float() / s).to(vector.dtype)
-
-
-def shifted_gamma(gamma: Tensor, s: Tensor, offset: float) -> Tensor:
-    """`(gamma + offset) / s` in fp32: the (1 + w) of a norm, folded, has no (1 + w) form that is exact."""
-    return (gamma.float() + offset) / s
-
-
 def from_exponents(exponents: tuple[float, ...], device: str) -> Tensor:
     """The smoothing vector of calibrated exponents, fp32."""
     return torch.exp2(torch.tensor(exponents, dtype=torch.float32, device=device))
 
 
-def representable(gamma: Tensor, s: Tensor) -> Tensor:
-    """The s for which γ / s is exact in the dtype of γ: nearest to `s`, so that rounding γ / s costs nothing."""
-    folded = divide(gamma, s).float()
-    return torch.where(folded != 0, gamma.float() / folded, s)
-
-
-def representable_inverse(s: Tensor, dtype: torch.dtype) -> Tensor:
-    """The s nearest to `s` for which 1 / s is exact in `dtype`."""
-    return inverse(s, dtype).float().reciprocal()
-
-
-def inverse(s: Tensor, dtype: torch.dtype) -> Tensor:
-    """`1 / s` in `dtype`."""
-    return s.reciprocal().to(dtype)
-
-
 @dataclass(frozen=True)
 class Smoothing:
-    """Smoothing vectors of the sites that have one, and why those that asked for a fold have none."""
+    """Smoothing vectors of the sites that have one, why those that asked for a fold have none, and all folds."""
 
     vectors: dict[str, Constant]
     reasons: dict[str, str]
+    folds: dict[str, Fold] = field(default_factory=dict)
 
 
 def smooth(program: Program, sites: tuple[Site, ...], recipe: Recipe) -> Smoothing:
-    """Give every site the smoothing vector its scheme asks for: folded into its norm where legal.
+    """Give every site the smoothing vector its scheme asks for.
 
-    Calibrated vectors that cannot be folded become a multiply of the site's input. By the recipe's scheme and not by
-    what this graph makes of it: all graphs of a model share their weights.
+    By the recipe's scheme and not by what this graph makes of it: all graphs of a model share their weights.
     """
+    wanted = [site for site in sites if _wants(site, recipe)]
+    if not wanted:
+        return Smoothing({}, {})
+    folds = Folds(program, sites)
     vectors: dict[str, Constant] = {}
     reasons: dict[str, str] = {}
-    shared = _shared_weights(sites)
-    for site in sites:
-        settings = recipe.at(site.name)
+    for site in wanted:
+        settings, fold = recipe.at(site.name), folds.of(site)
         assert settings.scheme is not None
-        reason = _illegal(program, site, shared)
-        if settings.scheme.smoothing == "calibrated" and settings.exponents:
-            vectors[site.name] = s = _calibrated(program, site, settings.exponents, reason is None)
-            if reason is None:
-                _fold(program, site, s)
-            else:
-                reasons[site.name] = reason
-                _multiply(program, site, s)
-        elif settings.scheme.smoothing == "outliers" and _is_norm(site.source):
-            if reason is None:
-                vectors[site.name] = s = _from_weights(program, site, settings.scheme.smoothing_threshold)
-                _fold(program, site, s)
-            else:
-                reasons[site.name] = reason
-    return Smoothing(vectors, reasons)
+        if fold.reason:
+            reasons[site.name] = fold.reason
+        if settings.scheme.smoothing == "calibrated":
+            s = folds.vector(site, _calibrated(program, site, settings.exponents))
+        elif fold.kind == "norm" and fold.channels is not None and fold.channels.producer is site.source:
+            s = _from_weights(program, site, settings.scheme.smoothing_threshold)
+        else:
+            continue
+        vectors[site.name] = s
+        folds.apply(site, s)
+    program.gm.recompile()
+    return Smoothing(vectors, reasons, {site.name: folds.of(site) for site in wanted})
 
 
-def _is_norm(node: fx.Node) -> bool:
-    return op_name(node) in {"rms_norm", "layer_norm"}
-
-
-def _shared_weights(sites: tuple[Site, ...]) -> set[Constant]:
-    """Weights that more than one linear reads: packed once, they cannot carry two smoothing vectors."""
-    weights = [reader.weight for site in sites for reader in site.readers]
-    return {w for w in weights if weights.count(w) > 1}
-
-
-def _illegal(program: Program, site: Site, shared: set[Constant]) -> str | None:
-    """Why the norm of a site cannot take a smoothing vector."""
-    norm = site.source
-    if not _is_norm(norm):
-        return "no norm makes its input"
-    gamma = _gamma(norm)
-    if gamma is None or program.constants.get(gamma) is None:
-        return "its norm has no constant gamma"
-    if op_name(norm) == "rms_norm" and norm.args[3] and norm.args[4]:
-        return "its norm rounds before it multiplies by (1 + gamma)"
-    beta = norm.args[3] if op_name(norm) == "layer_norm" and len(norm.args) > 3 else None
-    if beta is not None and program.constants.get(beta) is None:
-        return "its norm has no constant beta"
-    taken = {reader.node for reader in site.readers}
-    if any(user not in taken for user in norm.users):
-        return "its norm is read by more than the site's linears"
-    if any(reader.node.args[0] is not norm or reader.node.args[1] is norm for reader in site.readers):
-        return "its norm is read as a weight"
-    if any(reader.weight in shared for reader in site.readers):
-        return "a weight is shared with another linear"
-    return None
-
-
-def _gamma(norm: fx.Node) -> fx.Node | None:
-    index = 1 if op_name(norm) == "rms_norm" else 2
-    return norm.args[index] if len(norm.args) > index else None  # type: ignore[return-value]
+def _wants(site: Site, recipe: Recipe) -> bool:
+    settings = recipe.at(site.name)
+    assert settings.scheme is not None
+    if settings.scheme.smoothing == "outliers":
+        return op_name(site.source) in {"rms_norm", "layer_norm"}
+    return settings.scheme.smoothing == "calibrated" and bool(settings.exponents)
 
 
 def _from_weights(program: Program, site: Site, threshold: float) -> Constant:
     """The data-free smoothing vector of a site, from its norm's gamma and its weights."""
     norm = site.source
-    gamma = program.constants.get(_gamma(norm))
+    gamma = program.constants.get(gamma_of(norm))
     assert gamma is not None
     offset = float(norm.args[3]) if op_name(norm) == "rms_norm" else 0.0  # type: ignore[arg-type]
     sources = [gamma, *(reader.weight for reader in site.readers)]
@@ -164,52 +108,12 @@ def _from_weights(program: Program, site: Site, threshold: float) -> Constant:
     return s
 
 
-def _calibrated(program: Program, site: Site, exponents: tuple[float, ...], folds: bool) -> Constant:
-    """The smoothing vector that the recipe holds for a site, moved to values that its use represents exactly."""
+def _calibrated(program: Program, site: Site, exponents: tuple[float, ...]) -> Constant:
+    """The smoothing vector that the recipe holds for a site."""
     if len(exponents) != site.width:
         raise RecipeError(
             f"site {site.name} has {site.width} channels, the recipe {len(exponents)}: it was made for another model"
         )
-    value = site.source.meta["val"]
-    label = f"{site.name}.smoothing"
-    (s,) = program.constants.derive(label, from_exponents, (), (exponents, str(value.device)))
-    if not folds:
-        (s,) = program.constants.derive(label, representable_inverse, (s,), (value.dtype,))
-        return s
-    gamma = program.constants.get(_gamma(site.source))
-    assert gamma is not None
-    (s,) = program.constants.derive(label, representable, (gamma, s))
+    device = str(site.source.meta["val"].device)
+    (s,) = program.constants.derive(f"{site.name}.smoothing", from_exponents, (), (exponents, device))
     return s
-
-
-def _fold(program: Program, site: Site, s: Constant) -> None:
-    """Replace γ (and β) of the site's norm by γ / s (β / s)."""
-    norm, edit = site.source, Edit(program)
-    gamma = program.constants.get(_gamma(norm))
-    assert gamma is not None
-    is_rms = op_name(norm) == "rms_norm"
-    offset = float(norm.args[3]) if is_rms else 0.0  # type: ignore[arg-type]
-    if offset:
-        (folded,) = edit.derive(f"{gamma.label}.smoothed", shifted_gamma, [gamma, s], offset, before=norm)
-        norm.args = (norm.args[0], folded, norm.args[2], 0.0, False)
-        return
-    (folded,) = edit.derive(f"{gamma.label}.smoothed", divide, [gamma, s], before=norm)
-    arguments = list(norm.args)
-    arguments[1 if is_rms else 2] = folded
-    if not is_rms and len(arguments) > 3 and arguments[3] is not None:
-        beta = program.constants.get(arguments[3])
-        assert beta is not None
-        (arguments[3],) = edit.derive(f"{beta.label}.smoothed", divide, [beta, s], before=norm)
-    norm.args = tuple(arguments)
-
-
-def _multiply(program: Program, site: Site, s: Constant) -> None:
-    """Let the site's linears read `x · (1 / s)`; it fuses into what quantizes x."""
-    edit = Edit(program)
-    first = min(reader.node for reader in site.readers)
-    x = first.args[0]
-    assert isinstance(x, fx.Node)
-    (factor,) = edit.derive(f"{site.name}.unsmoothing", inverse, [s], x.meta["val"].dtype, before=first)
-    product = edit.call(torch.ops.aten.mul.Tensor, x, factor, before=first)
-    for reader in site.readers:
-        reader.node.replace_input_with(x, product)

@@ -3,7 +3,8 @@
 Conventions (shared by every reference, kernel and exporter):
 
 * weights: symmetric per output channel, `scale[N] = absmax / 127`, codes in [-127, 127];
-* activations: per token (one scale per row of K channels), symmetric or affine;
+* weights may also have one scale in all, or one per group of adjacent columns of each row;
+* activations: per token (one scale per row of K channels) or per tensor, symmetric or affine;
 * rounding is to nearest, ties to even; scales are fp32; products accumulate in int32.
 
 Sources: LLM.int8() (arXiv 2208.07339, section 3: vector-wise quantization) for the symmetric form;
@@ -43,19 +44,51 @@ def quantize_affine(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     The range is widened to contain 0, so that 0 stays exact and a constant row has a scale.
     """
     x = x.float()
-    low = x.amin(-1, keepdim=True).clamp_max(0.0)
-    high = x.amax(-1, keepdim=True).clamp_min(0.0)
-    scale = (high - low).clamp_min(SMALLEST_ABSMAX) / (INT8_MAX - INT8_MIN)
-    inverse = scale.reciprocal()
-    zero_point = torch.round(INT8_MIN - low * inverse)
-    codes = torch.round(x * inverse) + zero_point
-    return codes.clamp(INT8_MIN, INT8_MAX).to(torch.int8), scale, zero_point.to(torch.int32)
+    return quantize_to_range(x, x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), symmetric=False)
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """`weight[N, K]` → int8 `[N, K]` row-major and fp32 scales `[N]`, one per output channel."""
     codes, scale = quantize_symmetric(weight.detach())
     return codes.contiguous(), scale.squeeze(-1)
+
+
+def affine_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point (both fp32) of codes that cover `low`…`high`, 0 included; any shape."""
+    low, high = low.clamp_max(0.0), high.clamp_min(0.0)
+    scale = (high - low).clamp_min(SMALLEST_ABSMAX) / (INT8_MAX - INT8_MIN)
+    return scale, torch.round(INT8_MIN - low * scale.reciprocal())
+
+
+def quantize_to_range(x: Tensor, low: Tensor, high: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`x` of any shape → int8 codes, and the fp32 scale and int32 zero point of the range `low`…`high`.
+
+    What lies outside the range takes its nearest end. `low` and `high` broadcast to `x`; symmetric codes cover
+    ±max(-low, high). NaN in `x` has no code: a range taken from `x` carries it in its scale.
+    """
+    x = x.float()
+    if symmetric:
+        scale = symmetric_scale(torch.maximum(-low, high).clamp_min(0.0))
+        codes = torch.round(x * scale.reciprocal()).clamp(-INT8_MAX, INT8_MAX)
+        return codes.to(torch.int8), scale, torch.zeros_like(scale, dtype=torch.int32)
+    scale, zero_point = affine_range(low, high)
+    codes = (torch.round(x * scale.reciprocal()) + zero_point).clamp(INT8_MIN, INT8_MAX)
+    return codes.to(torch.int8), scale, zero_point.to(torch.int32)
+
+
+def quantize_weight_per_tensor(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`weight[N, K]` → int8 codes `[N, K]` and fp32 scales `[N]`, all equal: the layout of `quantize_weight`."""
+    weight = weight.detach().float()
+    codes, scale, _ = quantize_to_range(weight, weight.amin(), weight.amax(), symmetric=True)
+    return codes.contiguous(), scale.reshape(1).repeat(weight.shape[0])
+
+
+def quantize_weight_groups(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """`weight[N, K]` → int8 codes `[N, K]` and fp32 scales `[N, ceil(K / group)]`, one per `group` adjacent columns."""
+    n, k = weight.shape
+    padded = torch.nn.functional.pad(weight.detach().float(), (0, -k % group))
+    codes, scale = quantize_symmetric(padded.view(n, -1, group))
+    return codes.view(n, -1)[:, :k].contiguous(), scale.squeeze(-1)
 
 
 def rows(x: Tensor) -> int | None:

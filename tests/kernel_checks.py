@@ -166,6 +166,12 @@ def _row_op_samples(name: str, label: str, x: Tensor, index: int) -> Iterator[Sa
     if name == "quantize_per_token":
         yield Sample(f"{label}-sym", (x, True))
         yield Sample(f"{label}-affine", (x, False))
+    elif name == "quantize_per_tensor":
+        if x.isfinite().all():  # a range taken from NaN or Inf says nothing of the codes; scales are compared elsewhere
+            yield Sample(f"{label}-dynamic", (x, None, symmetric))
+            yield Sample(f"{label}-static", (x, torch.tensor([-0.5, 3.0], device=x.device), not symmetric))
+        else:
+            yield Sample(f"{label}-dynamic", (x, None, True))
     elif name == "split_quantize":
         yield Sample(label, (x, _columns(x), symmetric))
         if label == "17x7":
@@ -254,6 +260,21 @@ def _large_samples(device: torch.device) -> Iterator[Sample]:
         yield Sample(label, (codes, scale, affine[0], weight, weight_scale, *affine[1:], *part, torch.bfloat16))
 
 
+def _w8a8_group_samples(device: torch.device) -> Iterator[Sample]:
+    for m in (0, 1, 123):
+        for n, k, group in [(1, 7, 32), (7, 300, 256), (40, 96, 48)]:
+            codes, scale, zero = numerics.quantize_affine(random_tensor(m, k, device=device))
+            weight, weight_scale = numerics.quantize_weight_groups(random_tensor(n, k, device=device, seed=1), group)
+            none = (None, None, None, torch.float32)
+            yield Sample(f"{m}x{n}x{k}-{group}", (codes, scale, zero, weight, weight_scale, group, *none))
+    x = random_tensor(6, 96, device=device)
+    codes, scale = numerics.quantize_symmetric(x)
+    weight, weight_scale = numerics.quantize_weight_groups(random_tensor(24, 96, device=device, seed=1), 32)
+    rest = (weight, weight_scale, 32, None, None, None, torch.bfloat16)
+    yield Sample("strided_rows", (codes[::2], scale[::2], None, *rest))
+    yield Sample("one_scale", (codes, scale[:1].expand(6, 1), None, *rest))
+
+
 def _w8a16_samples(device: torch.device) -> Iterator[Sample]:
     index = 0
     for m in (0, 1, 17, 123):
@@ -285,6 +306,8 @@ def hard_samples(name: str, device: torch.device) -> Iterator[Sample]:
             for sample in _large_samples(device):
                 search = (8, 0.5) if name.endswith("dynamic") else (torch.arange(2, 66, 2, device=device),)
                 yield Sample(sample.label, (*sample.args, "silu", *search, sample.args[2] is None))
+    elif name == "linear_w8a8_groups":
+        yield from _w8a8_group_samples(device)
     elif name == "linear_w8a16":
         yield from _w8a16_samples(device)
     else:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import int8pass
-from int8pass import smooth
-from int8pass.errors import CalibrationError, OptionError
-from int8pass.recipe import Recipe
+from int8pass import folds
+from int8pass.errors import CalibrationError, CalibrationWarning, OptionError
+from int8pass.recipe import CALIBRATED, Recipe
 
 WIDTH, HOT = 64, (3, 17, 40, 41)
 
@@ -49,21 +49,28 @@ BATCHES = [batch(seed) for seed in range(3)]
 
 
 def test_columns_are_found_where_they_were_planted() -> None:
-    planted, done = model(), []
+    planted, done = model(), list[tuple[str, int, int]]()
     before = {name: p.detach().clone() for name, p in planted.named_parameters()}
-    recipe = int8pass.calibrate(planted, BATCHES, columns=len(HOT), progress=done.append)
-    assert done == [1, 2, 3]
+    start = Recipe.preset("outlier-columns").override(smoothing="none")
+    recipe = int8pass.calibrate(planted, BATCHES, start, columns=len(HOT), progress=lambda *step: done.append(step))
+    assert [step for step in done if step[0] == "calibrate"] == [("calibrate", i, 3) for i in range(4)]
+    assert all(i <= total for _, i, total in done)
     assert list(recipe.sites) == ["up", "down"]
     assert recipe.scheme.outliers == "static"
-    assert recipe.scheme.smoothing == "calibrated"
     assert {name: site.columns for name, site in recipe.sites.items()} == {"up": HOT, "down": HOT}
     assert recipe.versions["torch"] == torch.__version__
+    assert all(torch.equal(p, before[name]) for name, p in planted.named_parameters())
+
+
+def test_planted_channels_are_smoothed_most() -> None:
+    recipe = int8pass.calibrate(model(), BATCHES, columns=len(HOT))
+    assert recipe.scheme.smoothing == "calibrated"
     for site in recipe.sites.values():
         exponents = torch.tensor(site.exponents)
         assert len(exponents) == WIDTH
         cold = [i for i in range(WIDTH) if i not in HOT]
         assert exponents[list(HOT)].min() > exponents[cold].max()
-    assert all(torch.equal(p, before[name]) for name, p in planted.named_parameters())
+        assert site.alpha == 0.5
 
 
 def test_batches_of_every_form_say_the_same() -> None:
@@ -88,21 +95,28 @@ def test_folding_calibrated_exponents_preserves_the_function(dtype: torch.dtype)
     wished = torch.exp2(torch.tensor(recipe.sites["up"].exponents))
     assert (wished != 1).any()
     gamma, weight = planted.norm.weight.detach().to(dtype), planted.up.weight.detach()
-    s = smooth.representable(gamma, wished)
+    s = folds.representable(gamma, wished)
     torch.testing.assert_close(s, wished, rtol=2 * torch.finfo(dtype).eps, atol=0)
-    folded = smooth.divide(gamma, s)
+    folded = folds.divide(gamma, s)
     assert folded.dtype == dtype
     torch.testing.assert_close(folded.float() * (weight * s), gamma.float() * weight, rtol=1e-6, atol=0)
-    inverse = smooth.inverse(smooth.representable_inverse(wished, dtype), dtype)
-    torch.testing.assert_close(inverse.float() * smooth.representable_inverse(wished, dtype), torch.ones_like(wished))
+    inverse = folds.inverse(folds.representable_inverse(wished, dtype), dtype)
+    torch.testing.assert_close(inverse.float() * folds.representable_inverse(wished, dtype), torch.ones_like(wished))
 
 
-def test_what_no_norm_can_take_is_multiplied() -> None:
-    planted = model()
-    recipe = int8pass.calibrate(planted, BATCHES)
-    smoothing = run_pass(planted, batch(9), recipe, stage="portable").facts[0].smoothing
-    assert set(smoothing.vectors) == {"up", "down"}
-    assert smoothing.reasons == {"down": "no norm makes its input"}
+class Gelu(Model):
+    """The same with an activation that no scale passes through."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
+def test_what_cannot_be_folded_is_multiplied() -> None:
+    for planted, reasons in ((model(), {}), (Gelu().eval(), {"down": "no scale passes through gelu"})):
+        recipe = int8pass.calibrate(planted, BATCHES)
+        smoothing = run_pass(planted, batch(9), recipe, stage="portable").facts[0].smoothing
+        assert set(smoothing.vectors) == {"up", "down"}
+        assert smoothing.reasons == reasons
 
 
 def test_quality_order_on_planted_outliers() -> None:
@@ -129,10 +143,11 @@ def test_the_float_columns_hold_original_weights() -> None:
     assert result.ops["linear"] == 4, "an int8 and a float one per linear"
 
 
-def test_a_saved_recipe_compiles(tmp_path: Path) -> None:
+@pytest.mark.parametrize("preset", ["outlier-columns", "smoothquant-o3"])
+def test_a_saved_recipe_compiles(preset: str, tmp_path: Path) -> None:
     path = tmp_path / "model.json"
     planted, x = model(), batch(9, tokens=9)
-    int8pass.calibrate(planted, BATCHES).save(path)
+    int8pass.calibrate(planted, BATCHES, preset).save(path)
     expected, harness = call(planted, x), run_pass(planted, x, str(path)).output
     torch._dynamo.reset()
     compiled = torch.compile(planted, backend="int8", fullgraph=True, options={"recipe": str(path)})
@@ -152,8 +167,8 @@ BAD_BATCHES: dict[str, tuple[list[Any], str]] = {
     "none": ([], "no calibration batch was given"),
     "NaN": ([BATCHES[0], with_value(torch.nan)], "batch 1: the input of up holds NaN or Inf"),
     "Inf": ([with_value(torch.inf)], "batch 0: the input of up holds NaN or Inf"),
-    "shape": ([BATCHES[0], torch.randn(2, 5, WIDTH + 1)], "batch 1 does not run through the model"),
-    "argument": ([{"y": BATCHES[0]}], "batch 0 does not run through the model"),
+    "shape": ([BATCHES[0], torch.randn(2, 5, WIDTH + 1)], "batch 1 of 'calibrate' does not run through the model"),
+    "argument": ([{"y": BATCHES[0]}], "batch 0 of 'calibrate' does not run through the model"),
     "no token": ([BATCHES[0][:, :0]], "no token reached up, down"),
 }
 
@@ -199,3 +214,129 @@ def test_a_recipe_of_another_model_is_refused(other: type[nn.Module], width: int
     recipe = int8pass.calibrate(model(), BATCHES)
     with torch.no_grad(), pytest.raises(BackendCompilerFailed, match="made for another model"):
         torch.compile(other(), backend="int8", options={"recipe": recipe})(torch.randn(2, 5, width))
+
+
+@pytest.mark.parametrize("preset", CALIBRATED)
+def test_presets_that_need_calibration_say_so_and_work_with_it(preset: str, tmp_path: Path) -> None:
+    planted, x, path = model(), batch(9), tmp_path / "recipe.json"
+    with pytest.raises(BackendCompilerFailed, match=r"needs calibration.*up \((range|smoothing vector)\), down"):
+        run_pass(planted, x, preset)
+    expected = call(planted, x) - x
+    recipe = int8pass.calibrate(planted, BATCHES, preset)
+    recipe.save(path)
+    assert Recipe.load(path) == recipe
+    assert all(site.error is not None and site.tokens > 0 for site in recipe.sites.values())
+    found = relative_error(run_pass(planted, x, path).output - x, expected)
+    plain = relative_error(run_pass(planted, x, "w8a8").output - x, expected)
+    assert found < 0.5 * plain
+    assert int8pass.inspect(planted, x, recipe=recipe).counts["taken"] == 2
+
+
+def test_static_ranges_are_those_of_the_data() -> None:
+    planted = model()
+    start = Recipe.preset("smoothquant-o3").override(smoothing="none", alpha=0.5, symmetric=False, clipping="minmax")
+    recipe = int8pass.calibrate(planted, BATCHES, start)
+    x = torch.cat(BATCHES)
+    with torch.no_grad():
+        normed = planted.norm(x)
+    limits = recipe.sites["up"].limits
+    assert limits is not None
+    assert limits == pytest.approx((float(normed.min()), float(normed.max())))
+    wide, narrow = 3 * x, x
+    ops = run_pass(planted, narrow, recipe, stage="portable").ops
+    assert ops["quantize_per_tensor"] == 2
+    assert ops["quantize_per_token"] == 0
+    del wide
+
+
+@pytest.mark.parametrize("clipping", ["minmax", "moving_average", "percentile", "mse", "entropy", "output"])
+def test_every_clipping_gives_ranges(clipping: str) -> None:
+    planted, x = model(), batch(9)
+    start = Recipe.preset("smoothquant-o3").override(clipping=clipping, alpha=0.5)
+    recipe = int8pass.calibrate(planted, BATCHES, start)
+    widest = int8pass.calibrate(planted, BATCHES, start.override(clipping="minmax"))
+    for name, site in recipe.sites.items():
+        assert site.limits is not None
+        assert widest.sites[name].limits is not None
+        most = 2.0 if clipping == "output" else 1.0
+        low, high = widest.sites[name].limits  # type: ignore[misc]
+        assert most * low <= site.limits[0] < site.limits[1] <= most * high
+    assert relative_error(run_pass(planted, x, recipe).output, call(planted, x)) < 0.05
+
+
+class Embedding(nn.Module):
+    """A site whose input depends on the token alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.up = nn.Embedding(10, WIDTH), nn.Linear(WIDTH, WIDTH)
+        with torch.no_grad():
+            self.table.weight[9] = 1000.0  # the padding token
+
+    def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.up(self.table(ids))
+
+
+def test_padding_is_ignored() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        embedding = Embedding().eval()
+    ids = torch.arange(9).repeat(2, 2)
+    start = Recipe.preset("smoothquant-o3").override(clipping="minmax", alpha=0.5)
+    plain = int8pass.calibrate(embedding, [{"ids": ids, "attention_mask": torch.ones_like(ids)}], start)
+    padded, mask = torch.cat([ids, torch.full((2, 5), 9)], 1), torch.cat([torch.ones(2, 18), torch.zeros(2, 5)], 1)
+    assert int8pass.calibrate(embedding, [{"ids": padded, "attention_mask": mask}], start) == plain
+    unmasked = int8pass.calibrate(embedding, [{"ids": padded, "attention_mask": torch.ones_like(mask)}], start)
+    assert unmasked.sites["up"].limits != plain.sites["up"].limits
+
+
+def test_batches_of_several_lengths() -> None:
+    x = torch.cat(BATCHES, 1)
+    pieces = [piece.contiguous() for piece in (x[:, :7], x[:, 7:40], x[:, 40:])]
+    start = Recipe.preset("smoothquant-o3").override(clipping="minmax", alpha=0.5)
+    whole, cut = (int8pass.calibrate(model(), batches, start) for batches in ([x], pieces))
+    for name, site in whole.sites.items():
+        assert site.limits == pytest.approx(cut.sites[name].limits)
+        assert site.exponents == cut.sites[name].exponents
+        assert site.tokens == cut.sites[name].tokens == 2 * x.shape[1]
+
+
+def test_one_batch_cannot_both_set_ranges_and_choose() -> None:
+    with pytest.raises(CalibrationError, match="at least two batches"):
+        int8pass.calibrate(model(), BATCHES[:1], "smoothquant-o1")
+
+
+class Routed(nn.Module):
+    """An expert that some inputs never reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.expert = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        return self.shared(x), self.expert(x[chosen])
+
+
+def test_sites_that_no_token_reaches_are_reported() -> None:
+    x = torch.randn(8, WIDTH)
+    with pytest.warns(CalibrationWarning, match="no calibration token reached expert"):
+        recipe = int8pass.calibrate(Routed(), [(x, torch.empty(0, dtype=torch.int64))] * 2, "smoothquant-o3")
+    assert recipe.sites["expert"].scheme == Recipe().scheme
+    assert recipe.sites["expert"].tokens == 0
+    assert recipe.sites["shared"].limits is not None
+
+
+def test_gptq_codes_travel_with_the_recipe(tmp_path: Path) -> None:
+    planted, x, path = model(), batch(9), tmp_path / "recipe.json"
+    start = Recipe.preset("smoothquant-o1").override(alpha=0.5, activations="none")
+    nearest = int8pass.calibrate(planted, BATCHES, start)
+    rounded = int8pass.calibrate(planted, BATCHES, start.override(rounding="gptq"))
+    assert sorted(rounded.tensors) == ["down", "up"]
+    rounded.save(path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["recipe.json", "recipe.json.pt"]
+    expected = call(planted, x) - x
+    errors = [relative_error(run_pass(planted, x, r).output - x, expected) for r in (nearest, Recipe.load(path))]
+    assert errors[1] < errors[0]
+    (tmp_path / "recipe.json.pt").write_bytes(b"PK")
+    with pytest.raises(int8pass.errors.RecipeError, match="holds the rounded codes"):
+        Recipe.load(path)

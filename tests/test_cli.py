@@ -43,7 +43,7 @@ def invoke(*arguments: object):
 def test_help_lists_the_commands():
     result = invoke("--help")
     assert result.exit_code == 0
-    for command in ("run", "inspect", "calibrate"):
+    for command in ("run", "inspect", "calibrate", "diff"):
         assert command in result.stdout
 
 
@@ -58,6 +58,9 @@ def test_help_lists_the_commands():
         (("run", "{model}", "--recipe", "{tmp}/broken.json"), "broken.json"),
         (("calibrate", "{model}", "--recipe", "w4a4"), "Presets: default"),
         (("calibrate", "{model}", "--output", "{tmp}/no/such/recipe.json"), "there is no folder"),
+        (("calibrate", "{model}", "--text", "{tmp}/none.txt"), "cannot be read as UTF-8 text"),
+        (("calibrate", "{model}", "--text", "{tmp}/broken.json"), "fewer than 512 tokens"),
+        (("diff", "{tmp}/broken.json", "{tmp}/broken.json"), "broken.json"),
         (("run", "{model}", "--device", "abacus"), "not a device"),
         (("run", "{model}", "--device", "mps"), "cpu and cuda"),
         (("run", "{model}", "--device", "cuda:99"), "CUDA devices"),
@@ -131,6 +134,24 @@ def test_calibrate_writes_a_recipe_that_run_takes(folder, tmp_path):
     recipe = int8pass.Recipe.load(path)
     assert recipe.sites
     assert cli._recipe(str(path)) == recipe
+
+
+def test_calibrate_reads_a_text_and_diff_shows_what_it_changed(folder, tmp_path):
+    text = tmp_path / "mine.txt"
+    text.write_text("All happy models are alike; every unhappy model is unhappy in its own way.\n" * 30)
+    paths = [tmp_path / "first.json", tmp_path / "second.json"]
+    for path, more in zip(paths, ((), ("--recipe", "smoothquant-o3", "--columns", 4))):
+        arguments = ("--device", "cpu", "--windows", 4, "--text", text, "-o", path, *more)
+        result = invoke("calibrate", folder, *arguments)
+        assert result.exit_code == 0, result.stderr
+        assert "calibrate:" in result.stderr
+        assert "mean relative error" in result.stdout
+    assert invoke("diff", paths[0], paths[0]).exit_code == 0
+    result = invoke("diff", *paths)
+    assert result.exit_code == 1
+    assert "activations: per_token → static" in result.stdout
+    assert "columns: 32 removed, 0 added, 0 now" in result.stdout
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["first.json", "mine.txt", "second.json"]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import int8pass
 from int8pass.errors import CaptureError, OptionError
+from int8pass.inspect.text import coloured
 
 
 class Model(nn.Module):
@@ -36,17 +38,44 @@ def model() -> tuple[nn.Module, Tensor]:
 
 GOLDEN = """\
 recipe    default (w8a8 affine, largest columns)
+SCHEME
 graphs    1    sites 2    linears taken 3, not taken 2
+weights   0.0 MB → 0.0 MB (0.328)
 
-site  producer      linears  N×K     scheme                        columns  smoothing  implementation
-gate  norm          gate up  128×32  w8a8 affine, largest columns  16       folded     IMPL
-down  gate product  down     32×64   w8a8 affine, largest columns  16       -          IMPL
+site  pattern       linears  K×N     scheme                        smoothing     columns  W dB  MB                 implementation
+gate  norm          gate up  32×128  w8a8 affine, largest columns  folded α=0.5  16       48.4  0.0164 → 0.00563   IMPL
+down  gate product  down     64×32   w8a8 affine, largest columns  -             16       48.3  0.00819 → 0.00243  IMPL
 
 linears not taken:
   linear_3: its weight is no parameter but computed in the graph (by tanh)
       FILE: x = x + nn.functional.linear(x, self.mix.weight.tanh())
   head: the output head stays in its dtype (options={'quantize_head': True} takes it too)
-      FILE: return self.head(x)"""
+      FILE: return self.head(x)
+
+worst sites:
+  down  W 48.3 dB
+  gate  W 48.4 dB"""  # noqa: E501
+
+GOLDEN_DATA = """\
+recipe    default (w8a8 affine, largest columns)
+SCHEME
+graphs    1    sites 2    linears taken 3, not taken 2
+weights   0.0 MB → 0.0 MB (0.328)
+output    61.7 dB against the original, on 20 tokens
+
+site  pattern       linears  K×N     scheme                        smoothing     columns  absmax       max/median   W dB  local dB            cumulative dB  alone dB  MB                 implementation
+gate  norm          gate up  32×128  w8a8 affine, largest columns  folded α=0.5  16       3.07 → 3.07  1.44 → 1.44  48.4  44.5 → 44.5 → 47.5  47.5           64.6      0.0164 → 0.00563   IMPL
+down  gate product  down     64×32   w8a8 affine, largest columns  -             16       1.78 → 1.78  4 → 4        48.3  42.8 → 42.8 → 47.0  43.3           64.9      0.00819 → 0.00243  IMPL
+
+linears not taken:
+  linear_3: its weight is no parameter but computed in the graph (by tanh)
+      FILE: x = x + nn.functional.linear(x, self.mix.weight.tanh())
+  head: the output head stays in its dtype (options={'quantize_head': True} takes it too)
+      FILE: return self.head(x)
+
+worst sites:
+  down  local 47.0 dB  cumulative 43.3 dB  alone 64.9 dB  W 48.3 dB
+  gate  local 47.5 dB  cumulative 47.5 dB  alone 64.6 dB  W 48.4 dB"""  # noqa: E501
 
 
 def portable_text(report: int8pass.Report) -> str:
@@ -55,11 +84,31 @@ def portable_text(report: int8pass.Report) -> str:
     for name in {name for site in report.sites for name in site.implementations}:
         text = text.replace(name, "IMPL")
     text = re.sub(r"\S*test_inspect\.py:\d+", "FILE", text)
+    text = re.sub(r"^scheme    activations=.*$", "SCHEME", text, flags=re.M)
     return re.sub(r"implementation *$", "implementation", text, flags=re.M)
 
 
 def test_the_text() -> None:
     assert portable_text(int8pass.inspect(*model())) == GOLDEN
+
+
+def test_the_text_with_data() -> None:
+    inspected, x = model()
+    torch.manual_seed(1)
+    report = int8pass.inspect(inspected, x, data=[torch.randn(2, 5, 32) for _ in range(2)], schemes=False)
+    timeless = tuple(dataclasses.replace(site, seconds=None) for site in report.sites)
+    assert portable_text(dataclasses.replace(report, sites=timeless)) == GOLDEN_DATA
+
+
+def test_a_narrow_terminal_names_what_has_no_room() -> None:
+    report = int8pass.inspect(*model())
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", coloured(report, width=60))
+    assert "no room for:" in shown
+    assert "implementation" in shown.split("no room for:")[1].splitlines()[0]
+    assert all(len(line.rstrip()) <= 60 for line in shown.splitlines() if line.startswith(("gate", "down", "site")))
+    wide = re.sub(r"\x1b\[[0-9;]*m", "", coloured(report, width=250))
+    assert "no room for:" not in wide
+    assert "\x1b[32m48.4" in coloured(report, width=250), "good is green"
 
 
 def test_the_facts() -> None:
@@ -79,7 +128,8 @@ CASES = {  # recipe → (scheme of the first site, columns, smoothing)
     "w8a8": ("w8a8 symmetric", 0, ""),
     "w8a8-asymmetric": ("w8a8 affine", 0, ""),
     "w8a16": ("w8a16", 0, ""),
-    "llm.int8": ("w8a8 symmetric, columns > 6", 32, ""),
+    "llm.int8": ("w8a8 affine, columns > 6", 32, ""),
+    "zeroquant": ("w8a8 symmetric, groups of 128", 0, ""),
 }
 
 
@@ -109,7 +159,7 @@ def test_inspecting_changes_nothing() -> None:
     expected, attributes = call(inspected, x), set(vars(inspected))
     int8pass.inspect(inspected, x)
     int8pass.inspect(inspected, {"x": x})
-    int8pass.inspect(inspected, (x,))
+    int8pass.inspect(inspected, (x,), data=[x])
     assert all(torch.equal(p, state[name]) for name, p in inspected.state_dict().items())
     assert set(vars(inspected)) - {"_is_torch_compile"} == attributes  # torch.compile's own mark
     assert torch.equal(call(inspected, x), expected)

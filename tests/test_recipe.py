@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 import int8pass
 from int8pass.errors import Int8PassError, OptionError, RecipeError
-from int8pass.recipe import FORMAT, PRESETS, Options, Recipe, Scheme, SiteSettings
+from int8pass.recipe import CALIBRATED, PRESETS, Options, Recipe, Scheme, SiteSettings
+from int8pass.recipe_file import FORMAT
 
 positive = st.floats(min_value=1e-3, max_value=1e3, allow_nan=False)
 schemes = st.builds(
@@ -71,8 +72,10 @@ def test_files(tmp_path: Path) -> None:
 
 def test_presets() -> None:
     assert int8pass.presets() == (
-        "default", "w8a8", "w8a8-asymmetric", "w8a16", "llm.int8", "outlier-columns",
+        "default", "w8a8", "w8a8-asymmetric", "w8a16", "llm.int8", "zeroquant", "smoothquant-o1", "smoothquant-o2",
+        "smoothquant-o3", "outlier-columns", "auto",
     )  # fmt: skip
+    assert CALIBRATED == ("smoothquant-o1", "smoothquant-o2", "smoothquant-o3", "outlier-columns", "auto")
     assert len(set(PRESETS.values())) == len(PRESETS)
     assert Recipe() == Recipe.preset("default") == Options.parse(None, None).recipe == Options.parse({}, None).recipe
     for name, scheme in PRESETS.items():
@@ -143,7 +146,11 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 BAD_SCHEMES: dict[str, tuple[dict[str, Any], str]] = {
-    "activations": ({"activations": "int4"}, "activations must be one of 'per_token', 'none', got 'int4'"),
+    "activations": ({"activations": "int4"}, "must be one of 'per_token', 'per_tensor', 'static', 'none', got 'int4'"),
+    "group size": ({"group_size": 16}, "group_size must be within 32 and 256, got 16"),
+    "alpha": ({"alpha": 1.5}, "alpha must be within 0 and 1"),
+    "static with dynamic columns": ({"activations": "static"}, "static activations take outliers 'none' or 'static'"),
+    "groups with dynamic columns": ({"weights": "group"}, "group-wise weights take outliers 'none' or 'static'"),
     "symmetric": ({"symmetric": 1}, "symmetric must be bool, got 1"),
     "threshold": ({"threshold": -1.0}, "threshold and smoothing_threshold must be positive"),
     "threshold type": ({"threshold": "6"}, "threshold must be float or int, got '6'"),
@@ -181,3 +188,61 @@ def test_parsing_does_not_change_the_callers_options() -> None:
     given_options = {"recipe": "w8a8", "inductor": {}, "threshold": 5}
     Options.parse(given_options, None)
     assert given_options == {"recipe": "w8a8", "inductor": {}, "threshold": 5}
+
+
+def test_overrides_of_the_model_and_of_sites() -> None:
+    recipe = Recipe.preset("w8a8").override("a", keep=True).override(["b", "c"], activations="per_tensor")
+    assert recipe.at("a").keep
+    assert (
+        recipe.at("b").scheme == recipe.at("c").scheme == dataclasses.replace(recipe.scheme, activations="per_tensor")
+    )
+    changed = recipe.override(symmetric=False)
+    assert not changed.scheme.symmetric
+    assert changed.at("b").scheme == dataclasses.replace(changed.scheme, activations="per_tensor"), (
+        "sites keep their own"
+    )
+    with pytest.raises(OptionError, match="Scheme has no field 'bits'"):
+        recipe.override(bits=4)
+    with pytest.raises(OptionError, match="keep is a setting of single sites"):
+        recipe.override(keep=True)
+
+
+def test_diff_says_what_changed_in_few_words() -> None:
+    first = Recipe(
+        sites={"a": SiteSettings(columns=(1, 2), exponents=(0.0, 1.0)), "b": SiteSettings(), "d": SiteSettings()}
+    )
+    second = dataclasses.replace(
+        first.override(symmetric=True),
+        quantize_head=True,
+        sites={
+            "a": SiteSettings(columns=(2, 3), exponents=(0.5, 1.0), alpha=0.7),
+            "c": SiteSettings(),
+            "d": SiteSettings(),
+        },
+    )
+    assert first.diff(first) == []
+    assert first.diff(second) == [
+        "symmetric: False → True",
+        "quantize_head: False → True",
+        "a: columns: 1 removed, 1 added, 2 now",
+        "a: smoothing vectors: up to 2^0.5 apart",
+        "a: alpha: None → 0.7",
+        "b: only in the first",
+        "c: only in the second",
+    ]
+
+
+def test_a_recipe_of_the_first_format_is_read() -> None:
+    old = json.loads(Recipe(sites={"q": SiteSettings(columns=(3,))}).to_json()) | {"int8pass_recipe": 1}
+    for key in ("limits", "alpha", "error", "tokens"):
+        del old["sites"]["q"][key]
+    for key in ("weights", "group_size", "alpha", "statistic", "clipping", "rounding"):
+        del old["scheme"][key]
+    del old["tensors"]
+    assert Recipe.from_dict(old) == Recipe(sites={"q": SiteSettings(columns=(3,))})
+
+
+def test_files_are_read_line_by_line_by_people() -> None:
+    lines = Recipe(sites={"q": SiteSettings(columns=tuple(range(64)))}).to_json().splitlines()
+    assert len(lines) < 25
+    assert '   "columns": [0, 1, 2' in "\n".join(lines)

@@ -10,6 +10,7 @@ from harness import call, relative_error, run_pass
 from torch import Tensor, nn
 
 import int8pass
+from int8pass.recipe import CALIBRATED
 from int8pass.smooth import smoothing_vector
 
 
@@ -160,7 +161,7 @@ def test_a_norm_that_feeds_the_residual_is_not_folded() -> None:
     model, x = TiedToTheResidual(), torch.randn(2, 3, 64)
     plant_outliers(model)
     result = run_pass(model, x)
-    assert result.facts[0].smoothing.reasons == {"gate": "its norm is read by more than the site's linears"}
+    assert result.facts[0].smoothing.reasons == {"gate": "what makes it is also read by add"}
     assert result.taken == 3
     assert relative_error(result.output, model(x)) < 0.05
 
@@ -247,7 +248,7 @@ def test_odd_sizes(n: int, k: int) -> None:
     assert (result.output - model(x)).abs().amax() <= step
 
 
-@pytest.mark.parametrize("preset", int8pass.presets()[:-1])
+@pytest.mark.parametrize("preset", [p for p in int8pass.presets() if p not in CALIBRATED])
 def test_strange_inputs(preset: str) -> None:
     torch.manual_seed(0)
     model = nn.Linear(32, 16)

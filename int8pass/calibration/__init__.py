@@ -1,5 +1,5 @@
-"""Calibration: a few batches through the captured graph → outlier columns per site, in a recipe."""
+"""Calibration: a few batches through the captured graph → ranges, smoothing, outlier columns, rounding, in a recipe."""
 
-from int8pass.calibration.calibrate import calibrate
+from int8pass.calibration.calibrate import Calibration, calibrate
 
-__all__ = ["calibrate"]
+__all__ = ["Calibration", "calibrate"]

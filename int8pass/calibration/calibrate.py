@@ -1,136 +1,324 @@
-"""`calibrate`: run batches, watch the sites, write what was found into a recipe."""
+"""`calibrate`: run batches, watch the sites, choose, and write what was chosen into a recipe."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import platform
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
+from int8pass.calibration import budget, clipping, observe
+from int8pass.calibration.observe import Progress
+from int8pass.calibration.rounding import gptq
+from int8pass.calibration.search import Choice, Trial
+from int8pass.calibration.session import Session, SiteInfo, divergence, first_tensor
 from int8pass.calibration.statistics import ChannelStatistics
-from int8pass.capture import Program, from_dynamo
-from int8pass.errors import CalibrationError
-from int8pass.graph.constants import Constant, Store
-from int8pass.inspect.collect import run
-from int8pass.match import Site, match
-from int8pass.normalize import normalize
-from int8pass.recipe import Options, Recipe, SiteSettings
+from int8pass.errors import CalibrationError, CalibrationWarning
+from int8pass.quantize import some
+from int8pass.recipe import PRESETS, Options, Recipe, Scheme, SiteSettings
+from lowering import numerics
 
-DEFAULT_COLUMNS = 64
+HISTOGRAMS = {"percentile", "mse", "entropy"}
+AUTO_COST = 1.1
 
-Progress = Callable[[int], None]
+
+def _silent(title: str, done: int, total: int) -> None:
+    """No progress."""
 
 
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
-    recipe: Recipe | str = "outlier-columns",
+    recipe: Recipe | str | os.PathLike[str] = "outlier-columns",
     *,
     columns: int | None = None,
-    progress: Progress | None = None,
+    cost: float | None = None,
+    error: float | None = None,
+    progress: Progress = _silent,
 ) -> Recipe:
-    """Choose the static outlier columns and the smoothing of every site from data.
+    """Find ranges, smoothing, outlier columns and rounded weights for every site from data.
 
     Args:
         model: the model in its own precision; it runs eagerly on every batch and is not changed.
-        batches: inputs of the model, each a tensor, a tuple of positional or a dictionary of keyword arguments. A few
-            thousand tokens that look like the use of the model are enough.
-        recipe: what to start from: a preset name, a `Recipe` or the path of one.
-        columns: outlier columns per site (default: the recipe's capacity, or 64).
-        progress: called with the number of batches done, after each.
+        batches: inputs of the model, each a tensor, a tuple of positional or a dictionary of keyword arguments, of any
+            lengths; padding is ignored where a dictionary has an attention mask. A few thousand tokens that look like
+            the use of the model are enough. Where something is searched, the last quarter of the batches is held out:
+            it measures the choices, and the others set the ranges. With torch.distributed, every process gives its own
+            batches, and all get the same recipe.
+        recipe: what to start from: a preset name, a `Recipe` or the path of one. Its schemes say what is done.
+        columns: float columns per site with `outliers="static"` (default: the scheme's capacity, or 64 at most).
+        cost: choose {leave, smooth, split, both, keep 16-bit} for every site such that all together cost at most this
+            multiple of plain int8 (`int8pass.calibration.budget`); 1.1 for the preset "auto".
+        error: or stop where the mean relative error of the sites' outputs is this small.
+        progress: called with (what is being done, steps done, steps in all).
 
     Returns:
-        The recipe with `outliers="static"`, and the columns and smoothing exponents of every site.
+        The recipe with what was found for every site, and the versions that made it.
 
     Raises:
-        CalibrationError: no batch, a batch the model refuses, a site with NaN or Inf activations, a site without data.
+        CalibrationError: no batch, or too few to hold one out; a batch the model refuses; a site with NaN or Inf
+            activations; no token at any site.
         OptionError, RecipeError, CaptureError: as the backend would.
+
+    Warns:
+        CalibrationWarning: sites that no token reached; they keep the data-free default.
     """
     start = Options.parse({"recipe": recipe}, None).recipe
-    count = columns or start.scheme.capacity or DEFAULT_COLUMNS
-    statistics = observe(model, batches, start, progress)
-    if not statistics:
-        raise CalibrationError("no site was found: nothing in this model can be quantized (see int8pass.inspect)")
-    sites = {
-        name: dataclasses.replace(
-            start.sites.get(name, SiteSettings()), columns=found.largest(count), exponents=found.exponents()
+    searched = cost is not None or error is not None or _searches(start)
+    seen = Calibration(model, batches, start, hold_out=searched, progress=progress)
+    return seen.recipe(start, columns=columns, cost=cost, error=error, progress=progress)
+
+
+def _searches(recipe: Recipe) -> bool:
+    """True when some choice is made by its error."""
+    schemes = [recipe.scheme, *(s.scheme for s in recipe.sites.values() if s.scheme)]
+    return any(s.smoothing == "calibrated" and s.alpha is None for s in schemes)
+
+
+class Calibration:
+    """What a model's sites saw of some data, from which any number of recipes can be made.
+
+    Args: as of `calibrate`; `hold_out` keeps the last quarter of the batches from the ranges, for the choices.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        recipe: Recipe | str | os.PathLike[str] = "default",
+        *,
+        hold_out: bool = True,
+        progress: Progress = _silent,
+    ) -> None:
+        self._data = list(batches)
+        if not self._data:
+            raise CalibrationError("no calibration batch was given")
+        if hold_out and len(self._data) < 2:
+            raise CalibrationError(
+                "one calibration batch was given, and this recipe searches: ranges and choices must come from "
+                "different data. Give at least two batches, or a fixed alpha."
+            )
+        held = max(1, len(self._data) // 4)
+        self._ranging = self._data[:-held] if hold_out else self._data
+        self._held, self._holds_out = self._data[-held:], hold_out
+        self._session = Session(model, Options.parse({"recipe": recipe}, None).recipe)
+        self._statistics = observe.statistics(self._session, self._ranging, progress)
+        if not self._statistics:
+            raise CalibrationError("no site was found: nothing in this model can be quantized (see int8pass.inspect)")
+        self._samples = observe.samples(self._session, self._held, progress)
+        self._sites = _reached(self._session.sites, self._statistics, self._samples)
+
+    def recipe(
+        self,
+        recipe: Recipe | str | os.PathLike[str],
+        *,
+        columns: int | None = None,
+        cost: float | None = None,
+        error: float | None = None,
+        progress: Progress = _silent,
+    ) -> Recipe:
+        """The recipe with what was found for every site; see `calibrate`."""
+        start = Options.parse({"recipe": recipe}, None).recipe
+        if start.scheme == PRESETS["auto"] and cost is None and error is None:
+            cost = AUTO_COST
+        budgeted = cost is not None or error is not None
+        if (budgeted or _searches(start)) and not self._holds_out:
+            raise CalibrationError("this recipe searches, and no batch was held out (hold_out=True)")
+        work = _Work(self._session, start, self._statistics, self._samples, columns, progress)
+        if budgeted:
+            settings = work.within(self._sites, self._held, cost, error)
+        else:
+            settings = work.each(self._sites)
+        settings = work.ranges(settings, self._ranging)
+        for name in self._session.sites:
+            settings.setdefault(name, SiteSettings(scheme=PRESETS["default"]))
+        ordered = {name: settings[name] for name in self._session.sites}
+        others = {name: found for name, found in start.sites.items() if name not in ordered}
+        made = dataclasses.replace(start, sites=MappingProxyType({**others, **ordered}), versions=_versions())
+        return dataclasses.replace(made, tensors=MappingProxyType(work.codes(made, self._sites, self._ranging)))
+
+
+def _reached(
+    sites: Mapping[str, SiteInfo], statistics: Mapping[str, ChannelStatistics], samples: Mapping[str, Tensor]
+) -> dict[str, SiteInfo]:
+    """The sites that tokens reached; the others are reported."""
+    missed = [name for name in sites if name not in samples or statistics[name].tokens == 0]
+    if len(missed) == len(sites):
+        raise CalibrationError(f"no token reached {some(missed)}: calibration batches are empty there")
+    if missed:
+        warnings.warn(
+            f"no calibration token reached {some(missed)}: they keep the data-free default", CalibrationWarning,
+            stacklevel=4,
+        )  # fmt: skip
+    return {name: info for name, info in sites.items() if name not in missed}
+
+
+class _Work:
+    """The choices, site by site."""
+
+    def __init__(
+        self,
+        session: Session,
+        recipe: Recipe,
+        statistics: Mapping[str, ChannelStatistics],
+        samples: Mapping[str, Tensor],
+        columns: int | None,
+        progress: Progress,
+    ) -> None:
+        self._session, self._recipe, self._progress = session, recipe, progress
+        self._statistics, self._samples, self._columns = statistics, samples, columns
+
+    def _scheme(self, name: str) -> Scheme:
+        scheme = self._recipe.at(name).scheme
+        assert scheme is not None
+        return scheme
+
+    def _trial(self, info: SiteInfo, scheme: Scheme) -> Trial:
+        statistics = self._statistics[info.name]
+        return Trial(self._samples[info.name], info.weights, scheme, statistics, info.channels)
+
+    def _count(self, scheme: Scheme, width: int) -> int:
+        """Columns of a site."""
+        if scheme.outliers != "static":
+            return 0
+        return min(width, self._columns or scheme.capacity or 64)
+
+    def each(self, sites: Mapping[str, SiteInfo]) -> dict[str, SiteSettings]:
+        """Every site by its own scheme."""
+        settings = {}
+        for done, info in enumerate(sites.values()):
+            self._progress("choose", done, len(sites))
+            scheme = self._scheme(info.name)
+            trial = self._trial(info, scheme)
+            best = trial.best(trial.smoothings(), self._count(scheme, info.width))
+            settings[info.name] = self._settings(info.name, best, scheme)
+        self._progress("choose", len(sites), len(sites))
+        return settings
+
+    def within(
+        self, sites: Mapping[str, SiteInfo], held: Sequence[Any], cost: float | None, error: float | None
+    ) -> dict[str, SiteSettings]:
+        """Every site by what the budget allows, with the smoothing that is best end to end on the batches held out."""
+        plans = {"searched": None, "one alpha": 0.5}
+        made = {}
+        for title, alpha in plans.items():
+            options: dict[str, list[budget.Option]] = {}
+            for done, info in enumerate(sites.values()):
+                self._progress(f"choose, {title}", done, len(sites))
+                options[info.name] = self._options(info, alpha)
+            self._progress(f"choose, {title}", len(sites), len(sites))
+            sizes = {name: info.width * sum(info.sizes) for name, info in sites.items()}
+            chosen = budget.spend(options, sizes, cost, error)
+            made[title] = {name: self._chosen(name, option) for name, option in chosen.items()}
+        return self._end_to_end(made, held)
+
+    def _options(self, info: SiteInfo, alpha: float | None) -> list[budget.Option]:
+        scheme = self._scheme(info.name)
+        trial = self._trial(info, scheme)
+        plain = trial.tried(Choice(trial.exponents(scheme.statistic, None)))
+        if alpha is None:
+            smooth = trial.best([c for c in trial.smoothings() if c.alpha is not None])
+        else:
+            smooth = trial.tried(Choice(trial.exponents(scheme.statistic, alpha), alpha))
+        found = [budget.kept()]
+        for base in (plain, smooth):
+            for count in budget.COLUMNS:
+                if count <= info.width:
+                    found.append(budget.option(trial.best([base], count), info.width))
+        return found
+
+    def _chosen(self, name: str, option: budget.Option) -> SiteSettings:
+        if option.choice is None:
+            return dataclasses.replace(self._recipe.sites.get(name, SiteSettings()), keep=True)
+        return self._settings(name, option.choice, self._scheme(name))
+
+    def _settings(self, name: str, choice: Choice, scheme: Scheme) -> SiteSettings:
+        limits = choice.limits
+        exponents = tuple(choice.exponents.tolist()) if scheme.smoothing == "calibrated" else ()
+        return dataclasses.replace(
+            self._recipe.sites.get(name, SiteSettings()),
+            columns=choice.columns,
+            exponents=exponents,
+            limits=limits,
+            alpha=choice.alpha,
+            error=choice.error,
+            tokens=self._statistics[name].tokens,
         )
-        for name, found in statistics.items()
-    }
-    scheme = dataclasses.replace(start.scheme, outliers="static")
-    return dataclasses.replace(start, scheme=scheme, sites=MappingProxyType(sites), versions=_versions())
+
+    def _end_to_end(self, plans: Mapping[str, dict[str, SiteSettings]], held: Sequence[Any]) -> dict[str, SiteSettings]:
+        """Errors of sites rank plans imperfectly: the one whose output is nearest to the model's own wins."""
+        batches = held[:2]
+        total = len(batches) * (len(plans) + 1)
+        self._progress("check end to end", 0, total)
+        exact = []
+        for done, batch in enumerate(batches):
+            exact.append(first_tensor(self._session.plain(batch)))
+            self._progress("check end to end", done + 1, total)
+        scores = []
+        for i, (title, sites) in enumerate(plans.items()):
+            recipe = dataclasses.replace(self._recipe, sites=MappingProxyType(sites))
+            score = 0.0
+            for done, (batch, expected) in enumerate(zip(batches, exact)):
+                found = first_tensor(self._session.quantized(batch, recipe))
+                score += divergence(found, expected) if found is not None and expected is not None else 0.0
+                self._progress("check end to end", len(batches) * (i + 1) + done + 1, total)
+            scores.append((score, title))
+        return plans[min(scores)[1]]
+
+    def ranges(self, settings: dict[str, SiteSettings], batches: Sequence[Any]) -> dict[str, SiteSettings]:
+        """Static ranges by histogram, where a scheme asks for it; then clipped, where that leaves less error."""
+        wanted = {}
+        for name, found in settings.items():
+            scheme = self._scheme(name)
+            if scheme.activations == "static" and scheme.clipping in HISTOGRAMS and found.limits is not None:
+                s = torch.exp2(torch.tensor(found.exponents or (0.0,) * self._statistics[name].width))
+                wanted[name] = (s, found.columns, found.limits)
+        if not wanted:
+            return settings
+        histograms = observe.histograms(self._session, batches, wanted, self._progress)
+        for name, histogram in histograms.items():
+            scheme = self._scheme(name)
+            limits = clipping.limits(histogram, scheme.clipping, scheme.symmetric)
+            settings[name] = dataclasses.replace(settings[name], limits=limits)
+        return settings
+
+    def codes(self, recipe: Recipe, sites: Mapping[str, SiteInfo], batches: Sequence[Any]) -> dict[str, Tensor]:
+        """GPTQ codes of the linears whose scheme asks for them, by path."""
+        names = {n for n in sites if self._scheme(n).rounding == "gptq" and not recipe.at(n).keep}
+        if not names:
+            return {}
+        seconds = observe.hessians(self._session, batches, names, self._progress)
+        made: dict[str, Tensor] = {}
+        for done, name in enumerate(sorted(names)):
+            self._progress("round weights", done, len(names))
+            info, found, scheme = sites[name], recipe.at(name), self._scheme(name)
+            exponents = found.exponents or (0.0,) * info.width
+            for path, weight in zip(info.paths, info.weights):
+                made[path] = _rounded(weight, seconds[name], exponents, found.columns, scheme)
+        self._progress("round weights", len(names), len(names))
+        return made
 
 
-def observe(
-    model: nn.Module, batches: Iterable[Any], recipe: Recipe, progress: Progress | None = None
-) -> dict[str, ChannelStatistics]:
-    """Statistics of every site over all batches, by site name."""
-    statistics: dict[str, ChannelStatistics] = {}
-
-    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        program = from_dynamo(gm, inputs)
-        normalize(program)
-        sites = match(program, recipe).sites
-        for site in sites:
-            statistics.setdefault(site.name, ChannelStatistics())
-        return _Watch(program, sites, statistics)
-
-    done = 0
-    for batch in batches:
-        try:
-            run(model, batch, backend)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise CalibrationError(f"batch {done} does not run through the model: {error}") from error
-        for name, found in statistics.items():
-            if not found.finite:
-                raise CalibrationError(f"batch {done}: the input of {name} holds NaN or Inf")
-        done += 1
-        if progress is not None:
-            progress(done)
-    if done == 0:
-        raise CalibrationError("no calibration batch was given")
-    empty = [name for name, found in statistics.items() if found.tokens == 0]
-    if empty:
-        raise CalibrationError(f"no token reached {', '.join(empty)}: calibration batches are empty there")
-    return statistics
-
-
-class _Watch(fx.Interpreter):
-    """Runs a captured program node by node, and shows the sources of its sites to the statistics."""
-
-    def __init__(self, program: Program, sites: Sequence[Site], statistics: dict[str, ChannelStatistics]) -> None:
-        super().__init__(program.gm)
-        self._program, self._sites, self._statistics = program, sites, statistics
-        self._sources = {site.source: site.name for site in sites}
-        self._arguments: tuple[Any, ...] = ()
-        self._weights_seen = False
-
-    def __call__(self, *arguments: Any) -> Any:
-        self._arguments = arguments
-        if not self._weights_seen:
-            for site in self._sites:
-                for reader in site.readers:
-                    self._statistics[site.name].reads(self._value(reader.weight))
-            self._weights_seen = True
-        return self.run(*(arguments[i] for i in self._program.placeholders))
-
-    def _value(self, constant: Constant) -> Tensor:
-        return Store().value(constant, lambda p: self._arguments[p.position])  # type: ignore[index]
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Constants come from the parameters of this call."""
-        return self._value(self._program.constants[str(target)])
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run a node; if a site reads its value, count it in."""
-        result = super().run_node(n)
-        if n in self._sources and isinstance(result, Tensor):
-            self._statistics[self._sources[n]].update(result)
-        return result
+def _rounded(
+    weight: Tensor, second: Tensor, exponents: tuple[float, ...], columns: tuple[int, ...], scheme: Scheme
+) -> Tensor:
+    """The codes of one weight under a site's smoothing and columns, on the CPU."""
+    s = torch.exp2(torch.tensor(exponents, dtype=torch.float32, device=weight.device))
+    scaled = weight.detach().float() * s
+    scaled[:, list(columns)] = 0.0
+    second = second.to(weight.device) / (s[:, None] * s)
+    if scheme.weights == "group":
+        _, scale = numerics.quantize_weight_groups(scaled, scheme.group_size)
+        return gptq(scaled, scale, second, scheme.group_size).cpu()
+    per_channel = scheme.weights == "per_channel"
+    quantize = numerics.quantize_weight if per_channel else numerics.quantize_weight_per_tensor
+    return gptq(scaled, quantize(scaled)[1], second).cpu()
 
 
 def _versions() -> MappingProxyType[str, str]:

@@ -54,10 +54,17 @@ class Constant:
 
 
 class Fixed:
-    """A tensor the model wrote into its code (`torch.tensor(0.5)`), hashable by identity to be an option."""
+    """A tensor that is no parameter (the model wrote it into its code, or a recipe holds it), hashable by identity to
+    be an option."""
 
     def __init__(self, value: Tensor) -> None:
         self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Fixed) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
 
 
 def fixed_value(fixed: Fixed) -> Tensor:
@@ -73,6 +80,14 @@ class Constants:
         self._fake_mode = fake_mode
         self._names: dict[str, Constant] = {}
         self._by_constant: dict[Constant, str] = {}
+
+    def copy(self, gm: fx.GraphModule) -> Constants:
+        """The same constants under the same names, for another graph that reads them."""
+        copied = Constants(gm, self._fake_mode)
+        for name, constant in self._names.items():
+            copied._names[name], copied._by_constant[constant] = constant, name
+            object.__setattr__(gm, name, getattr(self._gm, name))
+        return copied
 
     def __getitem__(self, name: str) -> Constant:
         return self._names[name]

@@ -18,10 +18,13 @@ from int8pass.graph.pattern import op_name
 
 Stage = Literal["captured", "normalized", "portable", "fused"]
 
-PORTABLE_OPS = {"quantize_per_token", "dequantize", "dequantize_weight", "outlier_split", "outlier_split_dynamic"}
+PORTABLE_OPS = {
+    "quantize_per_token", "quantize_per_tensor", "dequantize", "dequantize_weight", "dequantize_weight_groups",
+    "outlier_split", "outlier_split_dynamic",
+}  # fmt: skip
 FUSED_OPS = {
-    "linear_w8a8", "linear_w8a16", "split_quantize", "split_quantize_dynamic", "norm_quantize", "add_norm_quantize",
-    "act_mul_quantize", "norm_quantize_dynamic", "add_norm_quantize_dynamic", "act_mul_quantize_dynamic",
+    "linear_w8a8", "linear_w8a8_groups", "linear_w8a16", "split_quantize", "split_quantize_dynamic", "norm_quantize",
+    "add_norm_quantize", "act_mul_quantize", "norm_quantize_dynamic", "add_norm_quantize_dynamic", "act_mul_quantize_dynamic",
     "gated_linear_quantize", "gated_linear_quantize_dynamic",
 }  # fmt: skip
 
@@ -48,11 +51,12 @@ def _problems(node: fx.Node, program: Program, stage: Stage) -> Iterator[str]:
         yield "is a product with a constant weight that is no aten.linear"
     if stage == "portable" and name in FUSED_OPS:
         yield "is a fused op; the portable form has none"
-    if stage == "fused" and name in {"dequantize", "dequantize_weight", "outlier_split_dynamic"}:
+    if stage == "fused" and name in {"dequantize", "dequantize_weight"}:
         yield "is left of the portable form"
-    if name == "dequantize_weight" and program.constants.get(node.args[0]) is None:
+    weights = {"dequantize_weight", "dequantize_weight_groups"}
+    if name in weights and program.constants.get(node.args[0]) is None:
         yield "reads a weight that is no constant"
-    if name == "dequantize_weight":
+    if name in weights:
         codes = node.args[0].meta["val"]  # type: ignore[union-attr]
         if not isinstance(codes, Tensor) or codes.dtype != torch.int8 or not codes.is_contiguous():
             yield "reads codes that are not contiguous int8"

@@ -21,8 +21,12 @@ from int8pass.capture import Program
 from int8pass.graph.constants import Compute, Constant
 from lowering import registry
 
+LINEAR = "int8pass.linear"
+"""Metadata key: the name that a linear had when it was captured, on it and on everything that replaces it. Set by those
+who want to follow linears through the stages (`int8pass.inspect`)."""
+
 # Metadata that says where a node comes from; copied to what replaces it, so that reasons can name the source line.
-_PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node")
+_PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", LINEAR)
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,13 @@ class Edit:
     def evaluate(self, node: fx.Node) -> None:
         """Compute the fake value of a call from those of its arguments.
 
-        A model repeats its layers, and running a reference on fake tensors takes milliseconds: calls of our ops with
-        arguments of equal shape share one evaluation.
+        A model repeats its layers, and running an op on fake tensors takes milliseconds: calls with arguments of equal
+        shape share one evaluation (not of views: their results share memory with an argument).
         """
         arguments = fx.node.map_arg(node.args, lambda n: n.meta["val"])
         assert callable(node.target)
         known = self.program.evaluated
-        key = (node.target, _signature(arguments)) if registry.find(node.target) else None
+        key = (node.target, _signature(arguments)) if _makes_its_own(node) else None
         with torch.no_grad(), self.program.fake_mode, enable_python_dispatcher():
             if key in known:
                 node.meta["val"] = pytree.tree_map_only(Tensor, _another, known[key])
@@ -86,6 +90,18 @@ class Edit:
     def constant(self, node: object) -> Constant | None:
         """The constant that `node` reads, if it is one."""
         return self.program.constants.get(node)
+
+
+def _makes_its_own(node: fx.Node) -> bool:
+    """True when no result of the call shares memory with an argument."""
+    target = node.target
+    if node.kwargs or not isinstance(target, torch._ops.OpOverload):
+        return False
+    schema = target._schema
+    # reshape and its like say nothing in their schema, and are composites: views where they can.
+    composite = target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+    plain = all(a.alias_info is None for a in (*schema.arguments, *schema.returns))
+    return registry.find(target) is not None or (plain and (not composite or target is torch.ops.aten.linear.default))
 
 
 def _another(tensor: Tensor) -> Tensor:

@@ -1,47 +1,30 @@
-"""The report: plain dataclasses, filled by `collect`, rendered by `text`. Printing a report gives the text."""
+"""The report: the facts, and the ways to show and keep them. Printing a report gives the text."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import importlib
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from int8pass.errors import Int8PassError, OptionError
+from int8pass.inspect import facts
+from int8pass.inspect.facts import Facts
+
+
+class ReportError(Int8PassError):
+    """A report that cannot be read or written."""
 
 
 @dataclass(frozen=True)
-class SiteRow:
-    """One site of one graph."""
-
-    name: str
-    producer: str
-    linears: tuple[str, ...]
-    shape: tuple[int, int]
-    """(N of all linears together, K)"""
-    scheme: str
-    columns: int
-    smoothing: str
-    """"folded", "multiply", "" when the scheme asks for none, or the reason why it could not be folded."""
-    implementations: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class RefusedLinear:
-    """One linear that was not taken."""
-
-    linear: str
-    reason: str
-    source: str
-    """`file:line: code` in the user's model; "" when unknown."""
-
-
-@dataclass(frozen=True)
-class Report:
+class Report(Facts):
     """What the pass does to a model on given inputs, over all graphs that Dynamo makes of it."""
-
-    recipe: str
-    """The settings in force, one line."""
-    graphs: int
-    sites: tuple[SiteRow, ...]
-    refused: tuple[RefusedLinear, ...]
-    rules: dict[str, int] = field(default_factory=dict)
-    """Rule name → how often it applied."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -49,7 +32,112 @@ class Report:
         taken = sum(len(site.linears) for site in self.sites)
         return {"graphs": self.graphs, "sites": len(self.sites), "taken": taken, "refused": len(self.refused)}
 
-    def __str__(self) -> str:
-        from int8pass.inspect.text import render
+    @property
+    def bytes(self) -> tuple[int, int]:
+        """Of the weights of all sites (before, after)."""
+        return sum(s.bytes[0] for s in self.sites), sum(s.bytes[1] for s in self.sites)
 
-        return render(self)
+    def __str__(self) -> str:
+        """Plain text; on a terminal that rich is installed for, in colour and as wide as it is."""
+        from int8pass.inspect import text
+
+        if sys.stdout.isatty() and importlib.util.find_spec("rich"):
+            return text.coloured(self)
+        return text.render(self)
+
+    def to_json(self) -> str:
+        """JSON that `from_json` reads; the key `int8pass_report` is the version of its form."""
+        return json.dumps({"int8pass_report": facts.FORMAT, **facts.to_plain(self)}, separators=(",", ":"))
+
+    @staticmethod
+    def from_json(content: str) -> Report:
+        """The report that `to_json` wrote.
+
+        Raises:
+            ReportError: no report, truncated, or of a newer form.
+        """
+        try:
+            plain = json.loads(content)
+        except json.JSONDecodeError as error:
+            raise ReportError(f"not valid JSON (truncated?): {error}") from error
+        if not isinstance(plain, dict) or "int8pass_report" not in plain:
+            raise ReportError("not an int8pass report (no 'int8pass_report' key)")
+        if (version := plain.pop("int8pass_report")) != facts.FORMAT:
+            raise ReportError(f"a report of form {version!r}; this version of int8pass reads {facts.FORMAT}")
+        try:
+            report = facts.from_plain(Report, plain)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ReportError(f"malformed report: {error}") from error
+        assert isinstance(report, Report)
+        return report
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Report:
+        """Read a report that was saved as `.json`.
+
+        Raises:
+            ReportError: the file is missing, truncated, no report, or of a newer form.
+        """
+        try:
+            return Report.from_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ReportError(f"cannot read report {path}: {error}") from error
+        except ReportError as error:
+            raise ReportError(f"{path}: {error}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the report in the form that the file's ending names: .html, .json, .dot, .svg or .txt.
+
+        `.nodes.json` gives node data for model-explorer. Files are written whole or not at all.
+
+        Raises:
+            OptionError: another ending. ReportError: the file cannot be written, or an extra is not installed.
+        """
+        target = Path(path)
+        content = renderer(target)(self)
+        write(target, content)
+
+
+def renderer(path: Path) -> Callable[[Report], str]:
+    """What makes the text of a file, by the file's ending."""
+    name = path.name
+    endings = {".nodes.json": "overlay", ".html": "html", ".json": "", ".dot": "dot", ".svg": "svg", ".txt": "text"}
+    ending = next((e for e in endings if name.endswith(e)), None)
+    if ending is None:
+        raise OptionError(f"a report can be written as {', '.join(endings)}, and {path} is none of them")
+    if not endings[ending]:
+        return Report.to_json
+    function: Callable[[Report], str] = importlib.import_module(f"int8pass.inspect.{endings[ending]}").render
+    return function
+
+
+def write(target: Path, content: str) -> None:
+    """Write a file whole or not at all."""
+    part = ""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=target.parent, delete=False, suffix=".part", encoding="utf-8"
+        ) as file:
+            part = file.name
+            file.write(content)
+        os.chmod(part, 0o644)
+        os.replace(part, target)
+    except OSError as error:
+        if part:
+            Path(part).unlink(missing_ok=True)
+        raise ReportError(f"the report {target} cannot be written: {error.strerror or error}") from error
+
+
+def needs(module: str, purpose: str) -> Any:
+    """Import a module that an extra brings.
+
+    Raises:
+        ReportError: it is not installed; the message names the extra.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as missing:
+        raise ReportError(f"{purpose} needs {missing.name}: pip install 'int8pass[inspect]'") from missing
+
+
+__all__ = ["Report", "ReportError", "needs", "renderer", "write"]

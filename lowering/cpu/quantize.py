@@ -14,8 +14,10 @@ from lowering.ops import quantize
 
 for _op in (
     quantize.quantize_per_token,
+    quantize.quantize_per_tensor,
     quantize.dequantize,
     quantize.dequantize_weight,
+    quantize.dequantize_weight_groups,
     quantize.outlier_split,
     quantize.outlier_split_dynamic,
     quantize.split_quantize,

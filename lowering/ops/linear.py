@@ -104,3 +104,58 @@ def linear_w8a16(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     """Weight-only int8: `y[..., N] = (x[..., K] @ weight[N, K]ᵀ) · weight_scale[N] + bias`, in fp32, as `x.dtype`."""
     y = (x.float() @ weight.float().t()) * weight_scale
     return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def w8a8_group_samples(device: torch.device) -> Iterator[Sample]:
+    """Group sizes from 32 to 256, a last group cut short, zero points, float outlier columns, all output dtypes."""
+    for label, (m, n, k, group), dtype in [
+        ("decode", (1, 64, 128, 32), torch.float32),
+        ("prefill", (130, 96, 192, 64), torch.bfloat16),
+        ("short_last", (17, 7, 123, 32), torch.float32),
+        ("one_group", (3, 5, 64, 256), torch.float32),
+        ("wide", (33, 80, 576, 128), torch.float16),
+    ]:
+        x = random_tensor(m, k, device=device)
+        w = random_tensor(n, k, device=device, seed=1)
+        weight, weight_scale = numerics.quantize_weight_groups(w, group)
+        codes, scale = numerics.quantize_symmetric(x)
+        yield Sample(f"{label}-sym", (codes, scale, None, weight, weight_scale, group, None, None, None, dtype))
+        acodes, ascale, zero = numerics.quantize_affine(x)
+        affine = (acodes, ascale, zero, weight, weight_scale, group, random_tensor(n, device=device, seed=2).to(dtype))
+        yield Sample(f"{label}-affine-bias", (*affine, None, None, dtype))
+        columns = torch.tensor([0, 1, 5], device=device)
+        outlier_weight = w[:, columns].to(dtype).contiguous()
+        yield Sample(f"{label}-outliers", (*affine, x[:, columns].to(dtype), outlier_weight, dtype))
+
+
+@op(samples=w8a8_group_samples, tolerance=Tolerance(rtol=2e-5, atol=2e-5))
+def linear_w8a8_groups(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    group: int,
+    bias: Tensor | None,
+    outliers: Tensor | None,
+    outlier_weight: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`linear_w8a8` with one weight scale per `group` adjacent columns: `weight_scale[N, ceil(K / group)]`.
+
+    Every group's product accumulates in int32, zero point included (it is taken off the codes, which makes them 9 bits
+    wide); its scale is applied to the sum, and the groups add up in fp32. Outlier weights are floats `[N, R]`.
+    """
+    n, k = weight.shape
+    centred = codes.double() if zero_point is None else codes.double() - zero_point.double()
+    y = torch.zeros((*codes.shape[:-1], n), dtype=torch.float32, device=codes.device)
+    for index, start in enumerate(range(0, k, group)):
+        part = slice(start, start + group)
+        y = y + (centred[..., part] @ weight[:, part].double().t()).float() * weight_scale[:, index]
+    y = y * scale
+    if outliers is not None:
+        assert outlier_weight is not None
+        y = y + outliers.float() @ outlier_weight.float().t()
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(dtype)

@@ -1,7 +1,8 @@
 """Quantize, dequantize and outlier split of activations; dequantize of weights.
 
-The portable form of a graph is written in `quantize_per_token`, `dequantize`, `dequantize_weight`, `outlier_split` and
-`outlier_split_dynamic`; `split_quantize` and `split_quantize_dynamic` are their fused forms.
+The portable form of a graph is written in `quantize_per_token`, `quantize_per_tensor`, `dequantize`,
+`dequantize_weight`, `dequantize_weight_groups`, `outlier_split` and `outlier_split_dynamic`; `split_quantize` and
+`split_quantize_dynamic` are their fused forms.
 """
 
 from __future__ import annotations
@@ -50,6 +51,36 @@ def quantize_per_token(x: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tens
     return numerics.quantize_affine(x)
 
 
+def _per_tensor_samples(device: torch.device) -> Iterator[Sample]:
+    for sample in row_samples(device):
+        x, symmetric = sample.args
+        yield Sample(f"{sample.label}-dynamic", (x, None, symmetric))
+        narrow = torch.tensor([-0.75, 1.5], device=device)  # some values lie outside
+        yield Sample(f"{sample.label}-static", (x, narrow, symmetric))
+    yield Sample(
+        "positive-static", (random_tensor(5, 96, device=device).abs(), torch.tensor([0.5, 3.0]).to(device), False)
+    )
+    yield Sample("no_rows", (random_tensor(0, 32, device=device), None, False))
+
+
+@op(samples=_per_tensor_samples, tolerance=Tolerance(codes=1, rtol=1e-6, atol=0.0))
+def quantize_per_tensor(x: Tensor, limits: Tensor | None, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """One scale for all of `x[..., K]`, repeated per row: results as of `quantize_per_token`.
+
+    `limits` [2] fp32 is a calibrated range (low, high), beyond which codes saturate (static quantization: O3 of
+    SmoothQuant, arXiv 2211.10438, table 2); None takes the range of this call (O2).
+    """
+    if limits is not None:
+        low, high = limits[0], limits[1]
+    elif x.numel() == 0:  # amax over nothing is an error
+        low = high = x.new_zeros((), dtype=torch.float32)
+    else:
+        low, high = x.float().amin(), x.float().amax()
+    codes, scale, zero_point = numerics.quantize_to_range(x, low, high, symmetric)
+    lead = (*x.shape[:-1], 1)
+    return codes, scale.expand(lead).clone(), zero_point.expand(lead).clone()
+
+
 def _dequantize_samples(device: torch.device) -> Iterator[Sample]:
     for sample in row_samples(device):
         x, symmetric = sample.args
@@ -74,6 +105,23 @@ def _weight_samples(device: torch.device) -> Iterator[Sample]:
 def dequantize_weight(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """`codes[N, K] · scale[N, None]` as `dtype`."""
     return (codes.float() * scale.unsqueeze(-1)).to(dtype)
+
+
+def _weight_group_samples(device: torch.device) -> Iterator[Sample]:
+    for label, (n, k, group), dtype in [
+        ("f32", (48, 128, 32), torch.float32),
+        ("short_last_bf16", (7, 123, 64), torch.bfloat16),
+        ("one_group", (5, 40, 256), torch.float32),
+    ]:
+        codes, scale = numerics.quantize_weight_groups(random_tensor(n, k, device=device), group)
+        yield Sample(label, (codes, scale, group, dtype))
+
+
+@op(samples=_weight_group_samples, tolerance=Tolerance(rtol=1e-6))
+def dequantize_weight_groups(codes: Tensor, scale: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    """`codes[N, K] · scale[N, k // group]` as `dtype`: group-wise weights (ZeroQuant, arXiv 2206.01861)."""
+    spread = scale.repeat_interleave(group, 1)[:, : codes.shape[1]]
+    return (codes.float() * spread).to(dtype)
 
 
 def _static_split_samples(device: torch.device) -> Iterator[Sample]:

@@ -1,0 +1,206 @@
+"""Choices of one site, by the error they leave in its output on data that did not set its ranges. Mostly arrays.
+
+The error of a choice is Σ ‖ŷ_t - y_t‖² / (‖y_t‖² + mean ‖y‖²) over a sample of tokens: neither a massive token nor one
+that is nearly zero decides alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from int8pass.calibration.smoothing import column_absmax, column_mean, exponents, grouped, outlier_exponents
+from int8pass.calibration.statistics import ChannelStatistics
+from int8pass.recipe import Scheme
+from lowering import numerics
+
+ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+OUTLIER_FRACTIONS = tuple(2 ** (-i / 2) for i in range(1, 15))  # down to 1/128 of the largest channel
+AWQ_ALPHAS = tuple(i / 20 for i in range(1, 20))
+MOST_OUTPUTS = 1024  # per linear: of a larger one, evenly spaced rows stand for the rest
+# Fractions of a range: beyond it, because unseen tokens reach further, and within it.
+CLIPS = (2.0, 1.5, 1.25, 1.0, 0.85, 0.7, 0.55, 0.4)
+FINALISTS = 5  # smoothing vectors for which every fraction is tried
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to quantize a site."""
+
+    exponents: Tensor
+    """log2 s, fp64 [K]."""
+    alpha: float | None = None
+    columns: tuple[int, ...] = ()
+    limits: tuple[float, float] | None = None
+    error: float = float("inf")
+
+
+class Trial:
+    """A site's weights and sample, on which choices are tried."""
+
+    def __init__(
+        self,
+        sample: Tensor,
+        weights: Sequence[Tensor],
+        scheme: Scheme,
+        statistics: ChannelStatistics,
+        channels: tuple[int, ...] | None,
+    ) -> None:
+        self.x = sample.float()
+        self.weights = [_some_rows(w).to(sample.device) for w in weights]
+        self.scheme, self.statistics, self.channels = scheme, statistics, channels
+        self._weight_statistic = column_mean(weights) if scheme.statistic == "mean" else column_absmax(weights)
+        self._exact = [self.x @ w.t() for w in self.weights]
+        energy = sum(y.square().sum(1) for y in self._exact)
+        assert isinstance(energy, Tensor)
+        self._norm = energy + energy.mean()
+
+    def exponents(self, statistic: str, alpha: float | None) -> Tensor:
+        """Smoothing exponents of one α (None: no smoothing), equal within a head group."""
+        if alpha is None:
+            return torch.zeros(self.x.shape[1], dtype=torch.float64, device=self.x.device)
+        found = exponents(self.statistics.of(statistic), self._weight_statistic, alpha)
+        return grouped(found.to(self.x.device), self.channels)
+
+    def limits(self, choice: Choice) -> tuple[float, float]:
+        """The range of a choice, from the data that set the ranges: calibrated, or what a batch may be expected to have
+        (a sample of its tokens lacks the few that decide)."""
+        moving = self.scheme.clipping == "moving_average" or self.scheme.activations == "per_tensor"
+        return self.statistics.limits(torch.exp2(choice.exponents), choice.columns, moving)
+
+    def error(self, choice: Choice) -> float:
+        """What `choice` costs on the sample."""
+        s = torch.exp2(choice.exponents).float()
+        x, columns = self.x / s, list(choice.columns)
+        inner = x.clone()
+        inner[:, columns] = 0.0
+        inner = fake_quantize(inner, self.scheme, choice.limits)
+        total = torch.zeros_like(self._norm)
+        for weight, exact in zip(self.weights, self._exact):
+            scaled = weight * s
+            rounded = scaled.clone()
+            rounded[:, columns] = 0.0
+            y = inner @ fake_quantize_weight(rounded, self.scheme).t()
+            if columns:
+                y += x[:, columns] @ scaled[:, columns].t()
+            total += (y - exact).square().sum(1)
+        return float((total / self._norm).mean())
+
+    def tried(self, choice: Choice) -> Choice:
+        """`choice` with its range and its error."""
+        static = self.scheme.activations == "static"
+        if (static or self.scheme.activations == "per_tensor") and choice.limits is None:
+            choice = replace(choice, limits=self.limits(choice))
+        error = self.error(choice)
+        return replace(choice, error=error) if static else replace(choice, error=error, limits=None)
+
+    def smoothings(self) -> list[Choice]:
+        """The smoothing vectors that the scheme allows, unmeasured."""
+        scheme = self.scheme
+        if scheme.smoothing != "calibrated":
+            return [Choice(self.exponents(scheme.statistic, None))]
+        if scheme.alpha is not None:
+            return [Choice(self.exponents(scheme.statistic, scheme.alpha), scheme.alpha)]
+        alphas = AWQ_ALPHAS if scheme.statistic == "mean" else ALPHAS
+        found = [
+            Choice(self.exponents(scheme.statistic, None)),
+            *(Choice(self.exponents(scheme.statistic, a), a) for a in alphas),
+        ]
+        if scheme.activations in {"static", "per_tensor"}:
+            absmax = self.statistics.absmax.to(self.x.device)
+            every = (outlier_exponents(absmax, f) for f in OUTLIER_FRACTIONS)
+            found += [Choice(grouped(e, self.channels)) for e in every]
+        return found
+
+    def columns(self, choice: Choice, count: int) -> tuple[int, ...]:
+        """The `count` columns that cause most error under a smoothing vector, in ascending order.
+
+        A column costs what rounding its weights costs under its activations, what rounding its activations costs under
+        its weights, and the resolution of every token whose range it sets: taken in four steps, because the next
+        largest sets the range once the largest is gone.
+        """
+        s = torch.exp2(choice.exponents).float()
+        x, weight = self.x / s, torch.cat(self.weights) * s
+        absmax = self.statistics.absmax.to(s.device).float() / s
+        taken: list[int] = []
+        for step in range(4):
+            wanted = count * (step + 1) // 4 - len(taken)
+            score = _blame(x, weight, taken, None if self.scheme.activations == "per_token" else absmax)
+            taken += torch.topk(score, min(wanted, score.numel() - len(taken))).indices.tolist()
+        return tuple(sorted(taken))
+
+    def best(self, candidates: Sequence[Choice], count: int = 0) -> Choice:
+        """The candidate of least error, with `count` columns each."""
+        tried = []
+        for candidate in candidates:
+            if count and not candidate.columns:
+                candidate = replace(candidate, columns=self.columns(candidate, count))
+            tried.append(self.tried(candidate))
+        tried.sort(key=lambda c: c.error)
+        if self.scheme.activations == "static" and self.scheme.clipping == "output":
+            tried = [self.clipped(choice) for choice in tried[:FINALISTS]]
+        return min(tried, key=lambda c: c.error)
+
+    def clipped(self, choice: Choice) -> Choice:
+        """A static choice with the fraction of its range that leaves least error."""
+        assert choice.limits is not None
+        low, high = choice.limits
+        return min((self.tried(replace(choice, limits=(f * low, f * high))) for f in CLIPS), key=lambda c: c.error)
+
+
+def fake_quantize(x: Tensor, scheme: Scheme, limits: tuple[float, float] | None) -> Tensor:
+    """`x[T, K]` as its int8 codes say it, by the activations of a scheme."""
+    if scheme.activations == "none":
+        return x
+    if scheme.activations == "per_token":
+        low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+    elif limits is not None:
+        low, high = x.new_tensor(limits[0]), x.new_tensor(limits[1])
+    else:
+        low, high = x.amin(), x.amax()
+    codes, scale, zero_point = numerics.quantize_to_range(x, low, high, scheme.symmetric)
+    return (codes.float() - zero_point) * scale
+
+
+def fake_quantize_weight(weight: Tensor, scheme: Scheme) -> Tensor:
+    """`weight[N, K]` as its int8 codes say it, by the weights of a scheme."""
+    if scheme.weights == "group":
+        codes, scale = numerics.quantize_weight_groups(weight, scheme.group_size)
+        return codes.float() * scale.repeat_interleave(scheme.group_size, 1)[:, : weight.shape[1]]
+    quantize = numerics.quantize_weight if scheme.weights == "per_channel" else numerics.quantize_weight_per_tensor
+    codes, scale = quantize(weight)
+    return codes.float() * scale[:, None]
+
+
+def _some_rows(weight: Tensor) -> Tensor:
+    step = -(-weight.shape[0] // MOST_OUTPUTS)
+    return weight.detach()[::step].float()
+
+
+def _blame(x: Tensor, weight: Tensor, taken: list[int], absmax: Tensor | None) -> Tensor:
+    """The error that each column of `x[T, K]`, `weight[N, K]` causes, [K]; -inf for those already `taken`.
+
+    `absmax` [K], over all data, where one range serves all tokens.
+    """
+    x, weight = x.clone(), weight.clone()
+    x[:, taken], weight[:, taken] = 0.0, 0.0
+    token = 1.0 / (x.square().sum(1) + x.square().sum(1).mean())
+    step = weight.abs().amax(1) / 127  # of each output channel
+    from_weights = (x.square() * token[:, None]).sum(0) * (step.square().sum() / 12)
+    norms = weight.square().sum(0)
+    unit = norms.sum() / (12 * 127**2)
+    if absmax is None:
+        top = x.abs().topk(min(2, x.shape[1]), dim=1)
+        largest, second = top.values[:, 0].square(), top.values[:, -1].square()
+        noise = (largest * token).sum()
+        relief = torch.zeros_like(norms).scatter_add(0, top.indices[:, 0], (largest - second) * token * unit)
+    else:
+        absmax = absmax.index_fill(0, torch.tensor(taken, dtype=torch.int64, device=x.device), 0.0)
+        noise = absmax.amax().square() * token.sum()
+        relief = absmax.square() * token.sum() * unit
+    score = from_weights + noise / (12 * 127**2) * norms + relief
+    score[taken] = -torch.inf
+    return score

@@ -1,0 +1,213 @@
+"""A model captured once and run many times: as it is, watched at its sites, or quantized by one recipe after another.
+
+Capturing a model takes longer than running it. A session keeps every graph that Dynamo makes, unquantized, and decides
+at each call what to run in its place, node by node: nothing is compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from int8pass.capture import Program, from_dynamo
+from int8pass.folds import Folds
+from int8pass.graph.constants import Constant, Store
+from int8pass.inspect.collect import run
+from int8pass.match import Matches, Site, match
+from int8pass.normalize import normalize
+from int8pass.pipeline import Facts, to_portable
+from int8pass.recipe import Recipe
+
+Visit = Callable[[str, Tensor], None]
+"""Called with a site's name and its input `[..., K]`."""
+
+
+@dataclass
+class SiteInfo:
+    """What a session knows of a site, over all graphs that have it."""
+
+    name: str
+    width: int
+    paths: tuple[str, ...]
+    sizes: tuple[int, ...]
+    """Output channels of each linear."""
+    weights: tuple[Tensor, ...]
+    """[N, K] of each linear."""
+    channels: tuple[int, ...] | None
+    """Which producer channel makes each input, where a fold into a producer is legal: equal ones share a scale."""
+    fold: str
+    """"norm", "linear", or why there is none."""
+
+
+class Session:
+    """Runs `model` on batches through its captured graphs. The model is not changed."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        self._model, self._recipe = model, recipe
+        self._graphs: list[_Graph] = []
+        self._make: Callable[[_Graph], Callable[..., Any]] = _Float
+
+    @property
+    def sites(self) -> dict[str, SiteInfo]:
+        """Every site of every graph seen so far; empty before the first batch."""
+        found: dict[str, SiteInfo] = {}
+        for graph in self._graphs:
+            for info in graph.infos():
+                found.setdefault(info.name, info)
+        return found
+
+    def observe(self, batch: Any, visit: Visit) -> Any:
+        """Run a batch through the unquantized model, showing the inputs of its sites."""
+        return self._run(batch, lambda graph: _Float(graph, visit))
+
+    def quantized(self, batch: Any, recipe: Recipe) -> Any:
+        """Run a batch through the portable form of the model under `recipe`."""
+        return self._run(batch, lambda graph: graph.portable(recipe))
+
+    def plain(self, batch: Any) -> Any:
+        """Run a batch through the model as captured."""
+        return self._run(batch, _Float)
+
+    def facts(self, recipe: Recipe) -> list[Facts]:
+        """What the pass did to every graph under a recipe that `quantized` ran."""
+        return [graph.facts[id(recipe)] for graph in self._graphs if id(recipe) in graph.facts]
+
+    def _run(self, batch: Any, make: Callable[[_Graph], Callable[..., Any]]) -> Any:
+        self._make = make
+        return run(self._model, batch, self._backend)
+
+    def _backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        program = from_dynamo(gm, inputs)
+        graph = _Graph(program, self._recipe)
+        self._graphs.append(graph)
+
+        def call(*arguments: Any) -> Any:
+            graph.arguments = arguments
+            return self._make(graph)(*arguments)
+
+        return call
+
+
+class _Graph:
+    """One captured graph: pristine, normalized with its sites, and quantized by the last recipe."""
+
+    def __init__(self, program: Program, recipe: Recipe) -> None:
+        self.captured = program
+        self.program = program.copy()
+        normalize(self.program)
+        self.matches: Matches = match(self.program, recipe)
+        self._folds = Folds(self.program, self.matches.sites)
+        self.arguments: tuple[Any, ...] = ()
+        self.facts: dict[int, Facts] = {}
+        self._recipe: Recipe | None = None
+        self._portable: _Execute | None = None
+        self._infos: list[SiteInfo] = []
+
+    def infos(self) -> list[SiteInfo]:
+        if not self._infos and self.arguments:
+            self._infos = [self._info(site) for site in self.matches.sites]
+        return self._infos
+
+    def _info(self, site: Site) -> SiteInfo:
+        fold = self._folds.of(site)
+        return SiteInfo(
+            site.name,
+            site.width,
+            tuple(r.path for r in site.readers),
+            tuple(r.shape[0] for r in site.readers),
+            tuple(self.value(r.weight) for r in site.readers),
+            fold.channels.channels if fold.channels else None,
+            fold.reason or fold.kind,
+        )
+
+    def value(self, constant: Constant) -> Tensor:
+        """The real tensor of a constant, for the parameters of the last call."""
+        return Store().value(constant, lambda p: self.arguments[p.position])  # type: ignore[index]
+
+    def portable(self, recipe: Recipe) -> Callable[..., Any]:
+        """The graph under a recipe; the last one is kept."""
+        if self._portable is None or self._recipe is not recipe:
+            program = self.captured.copy()
+            self.facts = {id(recipe): to_portable(program, recipe)}
+            self._recipe, self._portable = recipe, _Execute(program)
+        return self._portable
+
+
+class _Execute(fx.Interpreter):
+    """Runs a program eagerly; constants are computed once."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program.gm)
+        self._program, self._store = program, Store()
+        self._values: dict[str, Tensor] = {}
+        self._arguments: tuple[Any, ...] = ()
+
+    def __call__(self, *arguments: Any) -> Any:
+        self._arguments = arguments
+        return self.run(*(arguments[i] for i in self._program.placeholders))
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Constants come from the parameters of this call."""
+        name = str(target)
+        if name not in self._values:
+            constant = self._program.constants[name]
+            self._values[name] = self._store.value(constant, lambda p: self._arguments[p.position])  # type: ignore[index]
+        return self._values[name]
+
+
+class _Float(_Execute):
+    """The normalized graph in its own precision, with the sites' inputs shown as they are computed."""
+
+    def __init__(self, graph: _Graph, visit: Visit | None = None) -> None:
+        super().__init__(graph.program)
+        self._visit = visit
+        self._sources: dict[fx.Node, str] = {site.source: site.name for site in graph.matches.sites} if visit else {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run a node; if a site reads its value, show it."""
+        result = super().run_node(n)
+        if self._visit is not None and n in self._sources and isinstance(result, Tensor):
+            self._visit(self._sources[n], result)
+        return result
+
+
+def kept_rows(x: Tensor, batch: Any) -> Tensor:
+    """The tokens `[T, K]` of a site's input `x[..., K]` that the batch's attention masks do not call padding.
+
+    A mask `[B, S]` (0: padding; by any name that ends in "attention_mask") applies to inputs of B x S tokens, in two
+    axes or in one. Where several fit (encoder and decoder of one length), a token must be in all of them.
+    """
+    rows = x.detach().reshape(-1, x.shape[-1])
+    keep: Tensor | None = None
+    for name, mask in batch.items() if isinstance(batch, Mapping) else ():
+        fits = isinstance(mask, Tensor) and mask.dim() == 2 and str(name).endswith("attention_mask")
+        if not fits or mask.numel() != rows.shape[0] or (x.dim() > 2 and tuple(x.shape[:-1]) != tuple(mask.shape)):
+            continue
+        here = (mask != 0).reshape(-1).to(rows.device)
+        keep = here if keep is None else keep & here
+    return rows if keep is None else rows[keep]
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """The first float tensor of a model's output: logits, where there are some."""
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() else None
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+    for value in values:
+        found = first_tensor(value)
+        if found is not None:
+            return found
+    return None
+
+
+def divergence(found: Tensor, expected: Tensor) -> float:
+    """Squared relative error of an output, in fp64."""
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).square().sum() / expected.square().sum().clamp_min(1e-30))
+
+
+__all__ = ["Session", "SiteInfo", "divergence", "first_tensor", "kept_rows", "torch"]

@@ -1,0 +1,32 @@
+"""ONNX translations: each op of the portable form, and the int8 linears, as QDQ nodes of the standard opset.
+
+Translations follow the references literally: int8 codes are int8, zero points of QuantizeLinear are 0. What a runtime
+wants otherwise (unsigned activations on x86) is a rewrite of the finished file, the same one `int8pass lint --fix`
+applies to files of other tools. They compute in float32, which is what the int8 kernels of ONNX Runtime and OpenVINO
+take (fp16 and bf16 QDQ stays unfused).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lowering.onnx import linear, norm, quantize
+from lowering.registry import all_ops
+
+
+def translations(opset: int) -> dict[Any, Callable[..., Any]]:
+    """Op overload → translation for a model of that opset, as `torch.onnx.export(custom_translation_table=...)`.
+
+    An implementation for target "onnx23" stands in for the one for "onnx" from opset 23 on.
+    """
+    table: dict[Any, Callable[..., Any]] = {}
+    for op in all_ops().values():
+        for target in ("onnx", *(["onnx23"] if opset >= 23 else [])):
+            for implementation in op.implementations:
+                if implementation.target == target:
+                    table[op.overload] = implementation.function
+    return table
+
+
+__all__ = ["linear", "norm", "quantize", "translations"]

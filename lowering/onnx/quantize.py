@@ -1,0 +1,129 @@
+"""Quantize, dequantize and outlier split as ONNX nodes.
+
+A per-token scale cannot be an argument of QuantizeLinear, whose scale the int8 kernels want constant. So the row is
+divided by its scale first and quantized with the constant scale 1 ("row-max form"): a static QDQ pair for every
+runtime, one scale per token in effect.
+"""
+
+# Plain functions without annotations: torch.onnx reads annotations as an ONNX signature.
+from __future__ import annotations
+
+import numpy as np
+from onnxscript import opset21 as op
+
+from lowering.numerics import INT8_MAX, INT8_MIN, SMALLEST_ABSMAX
+from lowering.ops import quantize as ops
+
+FLOAT, INT32, INT64 = 1, 6, 7  # onnx.TensorProto.DataType
+
+
+def f32(value):
+    """A float32 constant, of any shape."""
+    return op.Constant(value=_tensor(np.asarray(value, np.float32)))
+
+
+def i64(*values):
+    """A list of int64."""
+    return op.Constant(value=_tensor(np.asarray(values, np.int64)))
+
+
+def int8_zero():
+    """The zero point of signed codes: written out, because QuantizeLinear without one stays unfused."""
+    return op.Constant(value=_tensor(np.asarray(0, np.int8)))
+
+
+def _tensor(array):
+    import onnx_ir
+
+    return onnx_ir.tensor(array)
+
+
+def to_codes(scaled):
+    """Round half to even and saturate: what QuantizeLinear does with scale 1."""
+    return op.QuantizeLinear(scaled, f32(1.0), int8_zero())
+
+
+def from_codes(codes):
+    """Codes as floats: the DequantizeLinear that mirrors their QuantizeLinear, as int8 kernels are matched by."""
+    made = codes.producer()
+    if made is not None and made.op_type == "QuantizeLinear":
+        return op.DequantizeLinear(codes, made.inputs[1], made.inputs[2])
+    return op.DequantizeLinear(codes, f32(1.0), int8_zero())
+
+
+def is_static(codes):
+    """Whether the scale of these codes is a constant of their QuantizeLinear, and not a factor of each row."""
+    made = codes.producer()
+    return made is not None and made.op_type == "QuantizeLinear" and not _is_one(made.inputs[1])
+
+
+def _is_one(scale):
+    made = scale.producer()
+    if made is None or made.op_type != "Constant":
+        return False
+    value = made.attributes["value"].as_tensor().numpy()
+    return value.size == 1 and float(value) == 1.0
+
+
+@ops.quantize_per_token.impl("onnx")
+def quantize_per_token(x, symmetric):
+    if symmetric:
+        absmax = op.ReduceMax(op.Abs(x), i64(-1), keepdims=1)
+        scale = op.Div(op.Max(absmax, f32(SMALLEST_ABSMAX)), f32(INT8_MAX))
+        codes = to_codes(op.Mul(x, op.Reciprocal(scale)))
+        return codes, scale, op.Cast(op.Mul(scale, f32(0.0)), to=INT32)
+    low = op.Min(op.ReduceMin(x, i64(-1), keepdims=1), f32(0.0))
+    high = op.Max(op.ReduceMax(x, i64(-1), keepdims=1), f32(0.0))
+    scale = op.Div(op.Max(op.Sub(high, low), f32(SMALLEST_ABSMAX)), f32(INT8_MAX - INT8_MIN))
+    inverse = op.Reciprocal(scale)
+    zero_point = op.Round(op.Sub(f32(INT8_MIN), op.Mul(low, inverse)))
+    # Rounded once, after the zero point is added: another code than the reference's only at a tie.
+    codes = to_codes(op.Add(op.Mul(x, inverse), zero_point))
+    return codes, scale, op.Cast(zero_point, to=INT32)
+
+
+@ops.dequantize.impl("onnx")
+def dequantize(codes, scale, zero_point, dtype):
+    values = op.Cast(codes, to=FLOAT)
+    if zero_point is not None:
+        values = op.Sub(values, op.Cast(zero_point, to=FLOAT))
+    return op.Cast(op.Mul(values, scale), to=dtype)
+
+
+@ops.dequantize_weight.impl("onnx")
+def dequantize_weight(codes, scale, dtype):
+    return op.Cast(op.DequantizeLinear(codes, scale, axis=0), to=dtype)
+
+
+def _without(x, columns, kept):
+    """`x` with the columns whose entry of `kept[K]` is 0 set to 0, whatever they hold."""
+    return op.Where(op.Greater(kept, f32(0.0)), x, f32(0.0))
+
+
+def _ones(width):
+    return f32(np.ones(width))
+
+
+@ops.outlier_split.impl("onnx")
+def outlier_split(x, columns):
+    kept = op.ScatterElements(_ones(x.shape[-1]), columns, op.Mul(op.Cast(columns, to=FLOAT), f32(0.0)), axis=0)
+    return _without(x, columns, kept), op.Gather(x, columns, axis=-1)
+
+
+@ops.outlier_split_dynamic.impl("onnx")
+def outlier_split_dynamic(x, capacity, threshold):
+    width = int(x.shape[-1])
+    count = min(capacity, width)
+    absmax = op.ReduceMax(op.Abs(op.Reshape(x, i64(-1, width))), i64(0), keepdims=0)
+    values, columns = op.TopK(absmax, i64(count))
+    outliers = op.Gather(x, columns, axis=-1)
+    if threshold <= 0.0:
+        taken = f32(np.ones(count))
+        overflow = op.Constant(value=_tensor(np.asarray(0, np.int32)))
+    else:
+        taken = op.Cast(op.Greater(values, f32(threshold)), to=FLOAT)
+        outliers = op.Where(op.Greater(taken, f32(0.0)), outliers, f32(0.0))
+        above = op.ReduceSum(op.Cast(op.Greater(absmax, f32(threshold)), to=FLOAT), keepdims=0)
+        overflow = op.Cast(op.Sub(above, op.ReduceSum(taken, keepdims=0)), to=INT32)
+    kept = op.ScatterElements(_ones(width), columns, op.Sub(f32(1.0), taken), axis=0)
+    return _without(x, columns, kept), outliers, columns, overflow

@@ -1,0 +1,63 @@
+"""Methods in the order of their quality, on trained weights: naive < smoothed < smoothed + split."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import pytest
+import torch
+from harness import relative_error
+from test_real_model import LAYERS, FirstLayers, plant_outliers, smollm2
+from torch import Tensor, nn
+
+from int8pass.calibration import Calibration
+from int8pass.calibration.session import Session
+from int8pass.recipe import Recipe
+
+pytestmark = pytest.mark.slow
+__all__ = ["smollm2"]
+
+SCHEMES: Mapping[str, tuple[Recipe, int | None]] = {
+    "naive": (Recipe.preset("smoothquant-o3").override(smoothing="none", clipping="minmax", symmetric=True), None),
+    "smoothed": (Recipe.preset("smoothquant-o3"), None),
+    "smoothed + split": (Recipe.preset("smoothquant-o3").override(outliers="static"), 32),
+    "per token": (Recipe.preset("smoothquant-o1"), None),
+    "per token + split": (Recipe.preset("smoothquant-o1").override(outliers="static"), 32),
+    "per token, gptq": (Recipe.preset("smoothquant-o1").override(rounding="gptq"), None),
+}
+
+
+def errors(part: nn.Module, ids: Tensor, names: tuple[str, ...] = tuple(SCHEMES)) -> dict[str, float]:
+    """Relative error of every scheme on a window that calibration did not see."""
+    windows = ids.view(-1, 64)
+    seen, session = Calibration(part, [w[None] for w in windows[:3]]), Session(part, Recipe())
+    with torch.no_grad():
+        expected = session.plain(windows[3:])
+        return {
+            name: relative_error(session.quantized(windows[3:], seen.recipe(recipe, columns=columns)), expected)
+            for name, (recipe, columns) in SCHEMES.items()
+            if name in names
+        }
+
+
+def test_quality_order(smollm2: tuple[nn.Module, Tensor]) -> None:
+    assert LAYERS > 4
+    model, ids = smollm2
+    found = errors(FirstLayers(model, 4), ids)
+    assert found["smoothed + split"] < found["smoothed"] < 0.7 * found["naive"], found
+    assert found["per token + split"] < found["per token"] < found["smoothed"], found
+    assert found["per token, gptq"] < found["per token"], found
+
+
+def test_outliers_of_large_models_change_little(smollm2: tuple[nn.Module, Tensor]) -> None:
+    """What smoothing undoes exactly costs no more than half of the loss again."""
+    model, ids = smollm2
+    planted = copy.deepcopy(model)
+    with torch.no_grad():
+        plant_outliers(planted)
+    names = ("naive", "smoothed", "per token")
+    plain, stressed = (errors(FirstLayers(m, 2), ids, names) for m in (model, planted))
+    for name in ("smoothed", "per token"):
+        assert stressed[name] < 1.5 * plain[name], (name, plain, stressed)
+    assert stressed["naive"] > 1.5 * stressed["smoothed"], stressed
