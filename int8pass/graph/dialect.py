@@ -24,8 +24,8 @@ PORTABLE_OPS = {
 }  # fmt: skip
 FUSED_OPS = {
     "linear_w8a8", "linear_w8a8_groups", "linear_w8a16", "split_quantize", "split_quantize_dynamic", "norm_quantize",
-    "add_norm_quantize", "act_mul_quantize", "norm_quantize_dynamic", "add_norm_quantize_dynamic", "act_mul_quantize_dynamic",
-    "gated_linear_quantize", "gated_linear_quantize_dynamic",
+    "add_norm_quantize", "act_mul_quantize", "norm_quantize_dynamic", "add_norm_quantize_dynamic",
+    "act_mul_quantize_dynamic", "gated_linear_quantize", "gated_linear_quantize_dynamic",
 }  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def _linear_w8a8_groups_kernel(
     if R > 0:
         o_pointers = outliers + first_m * outlier_stride + rows[:, None] * outlier_stride
         ow_pointers = outlier_weight + first_n * outlier_weight_stride + cols[:, None] * outlier_weight_stride
-        y = add_outliers(y, o_pointers, ow_pointers, has_row, has_col, R, BLOCK_R)
+        y = add_outliers(y, o_pointers, ow_pointers, None, has_row, has_col, R, BLOCK_R)
     if bias is not None:
         y += tl.load(bias + first_n + cols, mask=has_col, other=0.0).to(tl.float32)[None, :]
     store_tile(out, y, first_m, first_n, rows, cols, has_row, has_col, N)
