@@ -71,14 +71,14 @@ def representable_inverse(s: Tensor, dtype: torch.dtype) -> Tensor:
 
 def group_maximum(s: Tensor, channels: tuple[int, ...], width: int) -> Tensor:
     """s [K] per input channel → [width] per channel of the producer: the largest of those it makes, 1 where none."""
-    index = torch.tensor(channels, device=s.device)
+    index = torch.tensor(channels).to(s.device)  # `device=` of a meta device would be no fake tensor
     grouped = torch.full((width,), -torch.inf, device=s.device).scatter_reduce(0, index, s.float(), "amax")
     return torch.where(grouped.isfinite(), grouped, torch.ones_like(grouped))
 
 
 def take(s: Tensor, channels: tuple[int, ...]) -> Tensor:
     """`s[channels]`."""
-    return s[torch.tensor(channels, device=s.device)]
+    return s[torch.tensor(channels).to(s.device)]
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def _vector(gamma: Tensor, *rest: object) -> Tensor:
 
 def from_exponents(exponents: tuple[float, ...], device: str) -> Tensor:
     """The smoothing vector of calibrated exponents, fp32."""
-    return torch.exp2(torch.tensor(exponents, dtype=torch.float32, device=device))
+    return torch.exp2(torch.tensor(exponents, dtype=torch.float32).to(device))
 
 
 @dataclass(frozen=True)
