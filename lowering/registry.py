@@ -84,8 +84,8 @@ class Op:
 
     @property
     def overload(self) -> torch._ops.OpOverload:
-        """The `torch.ops` overload that stands in graphs."""
-        return getattr(torch.ops, NAMESPACE).__getattr__(self.name).default
+        """The `torch.ops` overload that stands in graphs: always the same object, which shared evaluations count on."""
+        return getattr(getattr(torch.ops, NAMESPACE), self.name).default
 
     def __call__(self, *args: Any) -> Any:
         return self.overload(*args)

@@ -122,6 +122,12 @@ def test_an_op_behaves_as_a_torch_operator(op: Op) -> None:
     torch.library.opcheck(op.overload, next(iter(op.samples(CPU))).args)
 
 
+def test_an_overload_is_always_the_same_object() -> None:
+    """Fake evaluations are shared between layers by it; a new object a call makes compiling twice as slow."""
+    for op in all_ops().values():
+        assert op.overload is op.overload
+
+
 def test_no_implementation_names_op_target_and_reason() -> None:
     op = all_ops()["linear_w8a16"]
     args = next(iter(op.samples(CPU))).args

@@ -109,7 +109,7 @@ def _operator(reference: Callable[..., Any], fake: Callable[..., Any]) -> torch.
     name = reference.__name__
     _LIBRARY.define(name + torch.library.infer_schema(reference, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops, NAMESPACE).__getattr__(name).default
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def _quantized(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
