@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 
-from int8pass.inspect.facts import Facts, RefusedLinear, SiteRow
+from int8pass.inspect.facts import Facts, Ran, RefusedLinear, SiteRow
 from int8pass.inspect.worst import override, worst_sites
 
 MOST_OPS = 8
@@ -54,18 +54,18 @@ def _schemes(report: Facts) -> list[str]:
 
 def _ran(report: Facts) -> list[str]:
     """Ops by implementation, those of most time first."""
-    calls, seconds, size = Counter[tuple[str, str]](), Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    groups: dict[tuple[str, str], list[Ran]] = {}
     for row in report.runtime:
-        key = row.op, row.implementation
-        calls[key] += row.calls
-        seconds[key] += row.seconds
-        size[key] += row.bytes
+        groups.setdefault((row.op, row.implementation), []).append(row)
+    spent = {key: sum(row.seconds for row in found) for key, found in groups.items()}
+    order = sorted(groups, key=lambda key: -spent[key])
     rows = [("", "op", "implementation", "calls", "ms", "MB")]
-    for key, spent in seconds.most_common(MOST_OPS):
-        rows.append(("", *key, str(calls[key]), f"{spent * 1e3:.2f}", f"{size[key] / 1e6:.3g}"))
-    rest = len(seconds) - MOST_OPS
-    more = [f"  … and {rest} ops that took {sum(s for _, s in seconds.most_common()[MOST_OPS:]) * 1e3:.2f} ms"]
-    return [*aligned(rows), *(more if rest > 0 else ()), f"  ({report.runtime_note})"]
+    for key in order[:MOST_OPS]:
+        calls, size = sum(r.calls for r in groups[key]), sum(r.bytes for r in groups[key])
+        rows.append(("", *key, str(calls), f"{spent[key] * 1e3:.2f}", f"{size / 1e6:.3g}"))
+    rest = order[MOST_OPS:]
+    more = [f"  … and {len(rest)} ops that took {sum(spent[key] for key in rest) * 1e3:.2f} ms"] if rest else []
+    return [*aligned(rows), *more, f"  ({report.runtime_note})"]
 
 
 def _refused(refused: RefusedLinear) -> list[str]:
