@@ -148,7 +148,9 @@ SCHEMES = {
         outliers="static", smoothing="calibrated", capacity=8, activations="static", rounding="gptq"
     ),
     "groups": Scheme(outliers="none", smoothing="calibrated", weights="group", group_size=32, rounding="gptq"),
-    "weights alone": Scheme(outliers="none", smoothing="calibrated", weights="group", group_size=32, activations="none"),
+    "weights alone": Scheme(
+        outliers="none", smoothing="calibrated", weights="group", group_size=32, activations="none"
+    ),
     "plain groups": Scheme(outliers="none", smoothing="none", weights="group", group_size=32),
 }  # fmt: skip
 SHOWN = {
@@ -209,5 +211,5 @@ def test_recipes_that_give_one_graph_are_compared_once() -> None:
     assert "w8a8" not in found
     assert all(recipe.at("a").keep for recipe in found.values()), "what is kept stays kept"
     assert not [name for name in found if "vectors" in name]
-    assert key_of(plain) == key_of(dataclasses.replace(plain, scheme=dataclasses.replace(plain.scheme, alpha=0.7)))
-    assert key_of(plain) != key_of(dataclasses.replace(plain, scheme=dataclasses.replace(plain.scheme, symmetric=False)))
+    assert key_of(plain) == key_of(plain.override(alpha=0.7))
+    assert key_of(plain) != key_of(plain.override(symmetric=False))
