@@ -119,7 +119,7 @@ def architectures() -> dict[str, Any]:
     from architectures import build
 
     import int8pass
-    from int8pass.inspect.collect import linears_of
+    from int8pass.inspect.accounting import linears_of
 
     found = {}
     for name in ARCHITECTURES:

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 
 from int8pass.capture import Program
 from int8pass.graph.channels import ChannelMap, carries_scale, gamma_of, trace_channels
-from int8pass.graph.constants import Constant
+from int8pass.graph.constants import Constant, tensor_on
 from int8pass.graph.pattern import CASTS, op_name
 from int8pass.graph.rewrite import Edit
 from int8pass.match import Site
@@ -71,14 +71,14 @@ def representable_inverse(s: Tensor, dtype: torch.dtype) -> Tensor:
 
 def group_maximum(s: Tensor, channels: tuple[int, ...], width: int) -> Tensor:
     """s [K] per input channel → [width] per channel of the producer: the largest of those it makes, 1 where none."""
-    index = torch.tensor(channels).to(s.device)  # `device=` of a meta device would be no fake tensor
+    index = tensor_on(channels, torch.int64, s.device)
     grouped = torch.full((width,), -torch.inf, device=s.device).scatter_reduce(0, index, s.float(), "amax")
     return torch.where(grouped.isfinite(), grouped, torch.ones_like(grouped))
 
 
 def take(s: Tensor, channels: tuple[int, ...]) -> Tensor:
     """`s[channels]`."""
-    return s[torch.tensor(channels).to(s.device)]
+    return s[tensor_on(channels, torch.int64, s.device)]
 
 
 @dataclass(frozen=True)

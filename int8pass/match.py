@@ -237,7 +237,7 @@ def dotted_path(expression: str) -> str:
     """`L['self'].model.layers.0.mlp` and `L['self']._modules['model']…` → `model.layers.0.mlp`."""
     if re.fullmatch(r"[\w.]+", expression) and not expression.startswith("L__self"):
         return expression  # torch.export's, which is the path itself
-    keys = re.findall(r"\['([^']+)'\]|\.([A-Za-z_]\w*)|\[(\d+)\]", expression)
+    keys = re.findall(r"\['([^']+)'\]|\.(\w+)|\[(\d+)\]", expression)
     return ".".join(key for key in map("".join, keys) if key not in {"_modules", "self", "fn"})
 
 

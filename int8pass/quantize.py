@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from int8pass.capture import Program
 from int8pass.errors import RecipeError
-from int8pass.graph.constants import Fixed, fixed_value
+from int8pass.graph.constants import Fixed, fixed_value, tensor_on
 from int8pass.graph.rewrite import Edit
 from int8pass.match import Matches, Reader, Site
 from int8pass.recipe import Recipe, Scheme
@@ -35,7 +35,7 @@ def pack_weight(weight: Tensor, columns: tuple[int, ...], group: int | None) -> 
     """
     weight = weight.detach().float()
     if columns:
-        weight = weight.index_fill(1, torch.tensor(columns).to(weight.device), 0.0)
+        weight = weight.index_fill(1, tensor_on(columns, torch.int64, weight.device), 0.0)
     if group is None:
         return numerics.quantize_weight(weight)
     return numerics.quantize_weight_groups(weight, group) if group else numerics.quantize_weight_per_tensor(weight)
@@ -54,13 +54,13 @@ def pack_rounded(weight: Tensor, columns: tuple[int, ...], group: int | None, co
 
 def outlier_weight(weight: Tensor, columns: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """The columns `[N, R]` of the weight, in `dtype`: what multiplies the outliers."""
-    index = torch.tensor(columns).to(weight.device)
+    index = tensor_on(columns, torch.int64, weight.device)
     return weight.detach().index_select(1, index).to(dtype).contiguous()
 
 
 def index_tensor(columns: tuple[int, ...], device: str) -> Tensor:
     """Outlier columns as an int64 tensor."""
-    return torch.tensor(columns, dtype=torch.int64).to(device)
+    return tensor_on(columns, torch.int64, device)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Quantized:
 
 def limits_tensor(limits: tuple[float, float], device: str) -> Tensor:
     """A calibrated range (low, high) as fp32 [2]."""
-    return torch.tensor(limits, dtype=torch.float32).to(device)
+    return tensor_on(limits, torch.float32, device)
 
 
 def quantize(program: Program, matches: Matches, recipe: Recipe) -> tuple[list[Quantized], list[fx.Node]]:

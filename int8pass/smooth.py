@@ -20,7 +20,7 @@ from int8pass.capture import Program
 from int8pass.errors import RecipeError
 from int8pass.folds import Fold, Folds
 from int8pass.graph.channels import gamma_of
-from int8pass.graph.constants import Constant
+from int8pass.graph.constants import Constant, tensor_on
 from int8pass.graph.pattern import op_name
 from int8pass.match import Site
 from int8pass.recipe import Recipe
@@ -49,7 +49,7 @@ def _vector(gamma: Tensor, *rest: object) -> Tensor:
 
 def from_exponents(exponents: tuple[float, ...], device: str) -> Tensor:
     """The smoothing vector of calibrated exponents, fp32."""
-    return torch.exp2(torch.tensor(exponents, dtype=torch.float32).to(device))
+    return torch.exp2(tensor_on(exponents, torch.float32, device))
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,9 @@ def test_the_text_with_data() -> None:
     torch.manual_seed(1)
     report = int8pass.inspect(inspected, x, data=[torch.randn(2, 5, 32) for _ in range(2)], schemes=False)
     timeless = tuple(dataclasses.replace(site, seconds=None) for site in report.sites)
-    assert portable_text(dataclasses.replace(report, sites=timeless)) == GOLDEN_DATA
+    assert portable_text(dataclasses.replace(report, sites=timeless, runtime=())) == GOLDEN_DATA
+    ran = str(report).split("what ran:\n")[1]
+    assert re.search(r"^  linear_w8a8 +\S+ +\d +\d+\.\d\d +\d", ran, re.M)
 
 
 def test_a_narrow_terminal_names_what_has_no_room() -> None:

@@ -129,7 +129,7 @@ def test_fixes_are_measured_and_proposed(measured: tuple[nn.Module, list[Tensor]
     exec(text[start:end].replace("\n  ", "\n") + "\n})", scope)
     mended = int8pass.inspect(made, batches[0], recipe=scope["recipe"], data=batches, schemes=False, sensitivity=False)
     before, after = report.sites[0], next((s for s in mended.sites if s.name == "gate"), None)
-    promised = dict(before.fixes)["64 columns"]
+    promised = {name: found for name, found, _ in before.fixes}["64 columns"]
     assert after is not None
     assert after.errors.final == pytest.approx(promised, abs=1)  # promised from the last batch, kept on all
     assert after.errors.final > before.errors.final + 3

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from int8pass.capture import Program, from_dynamo
 from int8pass.folds import Folds
 from int8pass.graph.constants import Constant, Store
-from int8pass.inspect.collect import run
+from int8pass.inspect.running import run
 from int8pass.match import Matches, Site, match
 from int8pass.normalize import normalize
 from int8pass.pipeline import Facts, to_portable

@@ -147,6 +147,11 @@ class Constants:
         return node
 
 
+def tensor_on(values: Sequence[float], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """A 1-D tensor made of options of a derived constant: fake in fake mode, as `torch.tensor` is not on meta."""
+    return torch.tensor(values, dtype=dtype).to(device)
+
+
 @dataclass
 class _Packed:
     """Computed values of one recipe on one set of parameters."""

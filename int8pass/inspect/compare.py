@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from int8pass.inspect.facts import Facts, SiteRow
-from int8pass.inspect.text import aligned, decibels
+from int8pass.inspect.text_parts import aligned, decibels
 
 _FIELDS: tuple[tuple[str, Callable[[SiteRow], str]], ...] = (
     ("scheme", lambda s: s.scheme),

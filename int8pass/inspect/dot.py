@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from int8pass.inspect.facts import Facts, Node, Stage
-from int8pass.inspect.text import FAIR, GOOD, decibels
+from int8pass.inspect.text import FAIR, GOOD
+from int8pass.inspect.text_parts import decibels
 from int8pass.inspect.worst import UNKNOWN, loss
 
 COLOURS = {"good": "#1a7f37", "fair": "#9a6700", "bad": "#cf222e", "": "#57606a"}

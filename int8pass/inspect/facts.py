@@ -35,7 +35,8 @@ class Errors:
     weight: float | None = None
     """Of the (smoothed) weights, outlier columns that stay in float left out."""
     naive: float | None = None
-    """Of the linears' results, int8 alone: no smoothing, no outlier columns; the input as in the original model."""
+    """Of the linears' results, int8 alone: no smoothing, no outlier columns, a static range replaced by the call's own;
+    the input as in the original model."""
     smoothed: float | None = None
     """The same with the smoothing of the recipe."""
     final: float | None = None
@@ -88,12 +89,13 @@ class SiteRow:
     columns: int
     """Outlier columns that stay in float."""
     smoothing: str
-    """"folded", "multiply", "" when the scheme asks for none, or the reason why it could not be folded."""
+    """"folded", "multiply", "" when the scheme asks for none or calibration found none better, or the reason why it
+    could not be folded."""
     implementations: tuple[str, ...]
     source: str = ""
     """`file:line: code` of its first linear."""
     alpha: float | None = None
-    """α of the recipe, where smoothing has one."""
+    """α of the smoothing, the site's own where calibration found one; None where smoothing has none."""
     smoothed_channels: int = 0
     """Channels whose smoothing factor is not 1."""
     outlier_columns: tuple[int, ...] = ()
@@ -115,8 +117,8 @@ class SiteRow:
     """(α, SQNR in dB) on a sample of tokens, int8 per token and per channel."""
     graph: int = 0
     """Which of Dynamo's graphs it was found in."""
-    fixes: tuple[tuple[str, float], ...] = ()
-    """(what could be changed, local SQNR it would give)"""
+    fixes: tuple[tuple[str, float, str], ...] = ()
+    """(what could be changed, local SQNR it would give, the fields of `Scheme` that do it, as Python)"""
 
 
 @dataclass(frozen=True)

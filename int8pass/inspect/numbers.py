@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from int8pass.inspect.facts import Channels, Histogram
+from int8pass.quantize import pack_weight
+from int8pass.recipe import Scheme
 from lowering import numerics
 
 THRESHOLD = 6.0
@@ -102,6 +104,8 @@ class SiteNumbers:
     weights_seen: bool = False
     w: Tensor | None = None
     """max over linears and rows of |W_j| [K], fp32"""
+    w_smoothed: Tensor | None = None
+    """The same of what is quantized."""
     local: dict[str, Noise] = field(default_factory=dict)
     """By variant of the recipe."""
     cumulative: Noise = field(default_factory=Noise)
@@ -123,10 +127,10 @@ class SiteNumbers:
         self.tokens += rows.shape[0]
         self.histograms.values(self.smooth(rows))
 
-    def see_weight(self, weight: Tensor) -> None:
-        """Take a weight `[N, K]` into account."""
-        absmax = weight.detach().abs().amax(0).float()
-        self.w = absmax if self.w is None else torch.maximum(self.w, absmax)
+    def see_weight(self, weight: Tensor, smoothed: Tensor) -> None:
+        """Take a weight `[N, K]` into account, as it is and as it is quantized."""
+        self.w = _largest(self.w, weight)
+        self.w_smoothed = _largest(self.w_smoothed, smoothed)
 
     def smooth(self, x: Tensor) -> Tensor:
         """`x / s` in the dtype of `x`."""
@@ -148,28 +152,28 @@ class SiteNumbers:
 
     def channels(self) -> Channels | None:
         """The channels, pooled to at most `MAX_CHANNELS`; None when not even weights were seen."""
-        if self.w is None:
+        if self.w is None or self.w_smoothed is None:
             return None
         width = self.w.numel()
         pool = -(-width // MAX_CHANNELS)
-        s = torch.ones_like(self.w) if self.smoothing is None else self.smoothing.to(self.w.device)
         above: tuple[tuple[int, float], ...] = ()
         if self.above is not None and self.tokens:
             share = (self.above / self.tokens).tolist()
             above = tuple((j, round(value, 4)) for j, value in enumerate(share) if value > 0)
         before, after = (None, None) if self.x is None else (self.x, self.smooth(self.x))
         return Channels(
-            pool, _pooled(before, pool), _pooled(after, pool), _pooled(self.w, pool), _pooled(self.w * s, pool), above
-        )
+            pool, _pooled(before, pool), _pooled(after, pool), _pooled(self.w, pool), _pooled(self.w_smoothed, pool),
+            above,
+        )  # fmt: skip
 
 
 def alpha_curve(
-    x: Tensor, weights: Sequence[Tensor], x_absmax: Tensor, w_absmax: Tensor, symmetric: bool
+    x: Tensor, weights: Sequence[Tensor], x_absmax: Tensor, w_absmax: Tensor, scheme: Scheme
 ) -> tuple[tuple[float, float], ...]:
     """(α, SQNR in dB) of the linears' results, for the smoothing s_j = max|X_j|^α / max|W_j|^(1−α).
 
-    SmoothQuant (arXiv 2211.10438, equation 4 and figure 10), on at most 64 of the tokens `x[..., K]`; activations int8
-    per token, weights `[N, K]` int8 per channel, no outlier columns.
+    SmoothQuant (arXiv 2211.10438, equation 4 and figure 10), on at most 64 of the tokens `x[..., K]`; activations and
+    weights `[N, K]` as the scheme has them, but without outlier columns, and a static range is that of these tokens.
     """
     rows = x.detach().reshape(-1, x.shape[-1]).float()
     rows = rows[:: max(1, rows.shape[0] // _SAMPLE)][:_SAMPLE]
@@ -179,20 +183,38 @@ def alpha_curve(
     for alpha in ALPHAS:
         s = x_absmax.clamp_min(tiny) ** alpha / w_absmax.clamp_min(tiny) ** (1 - alpha)
         s = torch.where(active, s, torch.ones_like(s)).clamp(1e-5, 1e5)
-        codes, scale, zero = _quantized_rows(rows / s, symmetric)
-        read, noise = (codes.float() - zero) * scale, Noise()
+        read, noise = _read_back(rows / s, scheme), Noise()
         for weight in weights:
-            packed, step = numerics.quantize_weight(weight.float() * s)
-            noise.add(F.linear(rows, weight.float()), F.linear(read, packed.float()) * step)
+            noise.add(F.linear(rows, weight.float()), F.linear(read, _weight_back(weight.float() * s, scheme)))
         points.append((alpha, noise.sqnr))
     return tuple((alpha, found) for alpha, found in points if found is not None)
 
 
-def _quantized_rows(x: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
-    if symmetric:
+def _read_back(x: Tensor, scheme: Scheme) -> Tensor:
+    """The rows `x[T, K]`, quantized and dequantized."""
+    if scheme.activations == "none":
+        return x
+    if scheme.activations != "per_token":
+        codes, scale, zero = numerics.quantize_to_range(x, x.amin(), x.amax(), scheme.symmetric)
+    elif scheme.symmetric:
         codes, scale = numerics.quantize_symmetric(x)
-        return codes, scale, torch.zeros_like(scale)
-    return numerics.quantize_affine(x)
+        return codes.float() * scale
+    else:
+        codes, scale, zero = numerics.quantize_affine(x)
+    return (codes.float() - zero) * scale
+
+
+def _weight_back(weight: Tensor, scheme: Scheme) -> Tensor:
+    """A weight `[N, K]`, quantized and dequantized."""
+    group = {"per_channel": None, "per_tensor": 0, "group": scheme.group_size}[scheme.weights]
+    codes, scale = pack_weight(weight, (), group)
+    step = scale.repeat_interleave(group, 1)[:, : weight.shape[1]] if group else scale[:, None]
+    return codes.float() * step
+
+
+def _largest(known: Tensor | None, weight: Tensor) -> Tensor:
+    absmax = weight.detach().abs().amax(0).float()
+    return absmax if known is None else torch.maximum(known, absmax)
 
 
 def _spread(absmax: Tensor) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from int8pass.capture import Program, mutated_values
 from int8pass.graph.constants import Constant, Store
@@ -157,6 +158,11 @@ class Part:
                 env[node] = node.target(*args, **kwargs)
             see(node, env[node])
         return [env[node] for node in self.ends]
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The floating-point tensors of an output, in order."""
+    return [v for v in pytree.tree_leaves(output) if isinstance(v, Tensor) and v.is_floating_point()]
 
 
 def linear_names(site: Site) -> list[str]:

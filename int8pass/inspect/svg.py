@@ -14,7 +14,7 @@ import networkx
 
 from int8pass.inspect.dot import COLOURS, edges, level, shown_nodes, stages
 from int8pass.inspect.facts import Facts, SiteRow, Stage
-from int8pass.inspect.text import decibels
+from int8pass.inspect.text_parts import decibels
 from int8pass.inspect.worst import UNKNOWN, loss
 
 _LETTER, _LINE, _GAP, _LAYER = 6.7, 15, 24, 34

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-import os
 import shutil
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from int8pass.inspect.facts import Facts, RefusedLinear, SiteRow
-from int8pass.inspect.worst import ENOUGH, override, worst_sites
+from int8pass.inspect.facts import Facts, SiteRow
+from int8pass.inspect.text_parts import aligned, decibels, tail
+from int8pass.inspect.worst import ENOUGH, worst_sites
 
 GOOD, FAIR = ENOUGH, 25.0
 """dB: above GOOD is green, above FAIR yellow, else red."""
@@ -42,7 +41,7 @@ def render(report: Facts, top_k: int | None = None) -> str:
         lines += _left_out(report, top_k)
     else:
         lines += ["", "no site: no linear of this model was taken"]
-    for title, items in _tail(report):
+    for title, items in tail(report):
         lines += ["", title, *items]
     return "\n".join(lines)
 
@@ -74,7 +73,7 @@ def coloured(report: Facts, top_k: int | None = None, width: int | None = None) 
             console.print(line)
     else:
         console.print("\nno site: no linear of this model was taken")
-    for title, items in _tail(report):
+    for title, items in tail(report):
         console.print(Text(f"\n{title}", "bold"))
         for item in items:
             console.print(Text(item), soft_wrap=True)
@@ -104,11 +103,6 @@ def columns_of(sites: Sequence[SiteRow]) -> list[Column]:
         Column("implementation", tuple(" ".join(s.implementations) for s in sites), 1),
     ]
     return [c for c in found if any(cell not in ("", "-") for cell in c.cells)]
-
-
-def decibels(value: float | None) -> str:
-    """`34.5`, "-" when not measured."""
-    return "-" if value is None else f"{value:.1f}"
 
 
 def _decibels(title: str, values: list[float | None], keep: int) -> Column:
@@ -173,54 +167,6 @@ def _left_out(report: Facts, top_k: int | None) -> list[str]:
     return [f"… and {hidden} sites with less error"] if hidden else []
 
 
-def _tail(report: Facts) -> list[tuple[str, list[str]]]:
-    """What follows the table: title and lines of every part that has something to say."""
-    parts = []
-    notes = Counter(site.smoothing for site in report.sites if site.smoothing not in {"", "folded", "multiply"})
-    if notes:
-        parts.append(("smoothing not folded:", [f"  {n} sites: {reason}" for reason, n in notes.items()]))
-    if report.breaks:
-        parts.append(("graph breaks:", [f"  {shorten(reason)}" for reason in report.breaks]))
-    if report.refused:
-        parts.append(("linears not taken:", [line for refused in report.refused for line in _refused(refused)]))
-    worst = worst_sites(report.sites, 5)
-    if worst:
-        parts.append(("worst sites:", aligned([("", *_worst(site)) for site in worst])))
-    fix = override(report)
-    if fix:
-        parts.append(("an override for them, to paste:", [f"  {line}".rstrip() for line in fix.splitlines()]))
-    if report.schemes:
-        parts.append(("schemes on this model:", _schemes(report)))
-    return parts
-
-
-def _worst(site: SiteRow) -> tuple[str, ...]:
-    errors = site.errors
-    shown = (("local", errors.final), ("cumulative", errors.cumulative), ("alone", errors.alone), ("W", errors.weight))
-    return (site.name, *(f"{name} {decibels(value)} dB" for name, value in shown if value is not None))
-
-
-def _schemes(report: Facts) -> list[str]:
-    original = float(report.settings.get("seconds, original", "nan"))
-    rows = [("", "scheme", "output dB", "ms, node by node", "of original", "MB")]
-    for point in report.schemes:
-        ratio = f"{point.seconds / original:.2f}"
-        cells = (point.name, f"{point.sqnr:.1f}", f"{point.seconds * 1e3:.1f}", ratio, f"{point.bytes / 1e6:.1f}")
-        rows.append(("", *cells))
-    return aligned(rows)
-
-
-def _refused(refused: RefusedLinear) -> list[str]:
-    lines = [f"  {refused.linear}: {refused.reason}"]
-    return [*lines, f"      {shorten(refused.source)}"] if refused.source else lines
-
-
-def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Rows as lines, every column as wide as its widest cell."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-
-
 def _fitting(columns: list[Column], width: int) -> list[Column]:
     """The columns that fit, the least wanted dropped first."""
     fitting = list(columns)
@@ -235,14 +181,4 @@ def _colour(level: float | None) -> str:
     return "green" if level >= GOOD else "yellow" if level >= FAIR else "red"
 
 
-def shorten(source: str) -> str:
-    """Paths relative to the working directory or from the package on, as far as that is shorter."""
-    folder = os.getcwd() + os.sep
-    marker = "site-packages" + os.sep
-    if marker in source:
-        head, _, tail = source.partition(marker)
-        return head[: head.rfind("(") + 1] + tail
-    return source.replace(folder, "")
-
-
-__all__ = ["aligned", "coloured", "columns_of", "decibels", "render", "shorten"]
+__all__ = ["Column", "coloured", "columns_of", "render"]

@@ -43,7 +43,11 @@ class Lowered:
 
     def bytes_of(self, site: Site) -> int:
         """Of all constants that only the site's products read: codes, scales, sums, float columns."""
-        nodes = [n for n in self.nodes_of(site) if self.ops[n.name].startswith(("index_select", "linear"))]
+        nodes = [
+            n
+            for n in self.nodes_of(site)
+            if self.ops[n.name].startswith(("index_select", "linear", "dequantize_weight"))
+        ]
         read = {a for n in nodes for a in n.all_input_nodes if a.op == "get_attr"}
         return sum(_nbytes(n) for n in read)
 

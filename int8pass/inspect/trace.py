@@ -6,7 +6,7 @@ import json
 
 from torch._logging._internal import trace_structured
 
-from int8pass.inspect.collect import describe, describe_scheme
+from int8pass.inspect.describe import describe, describe_scheme
 from int8pass.pipeline import Facts
 from int8pass.recipe import Recipe
 

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 from int8pass.inspect.facts import Facts, SiteRow
 
-_CODE = {"64 columns": 'outliers="largest", capacity=64', "float activations": 'activations="none"'}
-"""Name of a measured fix → the fields of the scheme that make it."""
 UNKNOWN = 1e9
 """`loss` of a site that nothing was measured of."""
 ENOUGH = 35.0
@@ -31,9 +29,9 @@ def worst_sites(sites: Sequence[SiteRow], count: int) -> list[SiteRow]:
 
 
 def fix_for(site: SiteRow) -> tuple[str, float] | None:
-    """The first measured fix that gains `WORTH`, and the SQNR it gives; None when none does."""
+    """The fields of the first measured fix that gains `WORTH`, and the SQNR it gives; None when none does."""
     now = loss(site)
-    return next(((name, sqnr) for name, sqnr in site.fixes if sqnr >= now + WORTH), None)
+    return next(((code, sqnr) for _, sqnr, code in site.fixes if sqnr >= now + WORTH), None)
 
 
 def override(report: Facts, count: int = 5) -> str:
@@ -47,6 +45,6 @@ def override(report: Facts, count: int = 5) -> str:
         if found is None:
             change, note = "keep=True", "stays in its dtype"
         else:
-            change, note = f"scheme=replace({settings}.scheme, {_CODE[found[0]]})", f"{found[1]:.1f} dB"
+            change, note = f"scheme=replace({settings}.scheme, {found[0]})", f"{found[1]:.1f} dB"
         lines.append(f'    "{site.name}": replace({settings}, {change}),  # {site.errors.final:.1f} dB → {note}')
     return "\n".join([*lines, "})"])

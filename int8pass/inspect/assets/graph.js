@@ -2,8 +2,8 @@
 // The graph: modules that open and close, chains of nodes as one box, quantize/dequantize as badges on edges.
 // Layout by dagre; everything that can be clicked can be reached and pressed with the keyboard.
 
-const HIDDEN = new Set(["constant", "getitem", "dequantize_weight"]);
-const isPair = (op) => /^(quantize|dequantize|outlier_split)/.test(op) && op !== "dequantize_weight";
+const HIDDEN = new Set(["constant", "getitem", "dequantize_weight", "dequantize_weight_groups"]);
+const isPair = (op) => /^(quantize|dequantize|outlier_split)/.test(op) && !op.startsWith("dequantize_weight");
 const ROW = 18, LETTER = 7.3, FAN = 8;
 
 const view = { stage: null, open: new Set([""]), chosen: null, box: null, graph: null };
