@@ -10,6 +10,7 @@ the runtime named as target runs every one of them in int8, with the numbers of 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
 import logging
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -37,7 +39,7 @@ from int8pass.graph.pattern import op_name
 from int8pass.match import module_path, source_line
 from int8pass.pipeline import Facts
 from int8pass.quantize import pack_weight
-from int8pass.recipe import Options, Recipe
+from int8pass.recipe import Options, Recipe, Scheme
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -131,10 +133,11 @@ def export_onnx(
         with _step(progress, "capture"):
             exported = capture(model, args, dynamic_shapes)
         with _step(progress, "quantize"):
-            portable, facts = to_portable(exported, settings.recipe)
+            chosen = for_target(settings.recipe, target)
+            portable, facts = to_portable(exported, chosen)
         with _step(progress, "translate to ONNX"):
             onnx_model = to_onnx(portable, target)
-            _describe(onnx_model, facts, settings.recipe, target)
+            _describe(onnx_model, facts, chosen, target)
         with _step(progress, "write"):
             written = files.write(onnx_model, folder, file)
             del onnx_model
@@ -204,6 +207,22 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def for_target(recipe: Recipe, target: str) -> Recipe:
+    """The recipe as a target can run it: TensorRT's static activations have no zero point, so those sites become
+    symmetric, over the same calibrated ranges."""
+    if target != "tensorrt":
+        return recipe
+    symmetric = {
+        name: dataclasses.replace(site, scheme=_symmetric(site.scheme)) if site.scheme else site
+        for name, site in recipe.sites.items()
+    }
+    return dataclasses.replace(recipe, scheme=_symmetric(recipe.scheme), sites=MappingProxyType(symmetric))
+
+
+def _symmetric(scheme: Scheme) -> Scheme:
+    return dataclasses.replace(scheme, symmetric=True) if scheme.activations == "static" else scheme
 
 
 def to_portable(exported: ExportedProgram, recipe: Recipe) -> tuple[ExportedProgram, Facts]:
