@@ -235,6 +235,7 @@ def to_portable(exported: ExportedProgram, recipe: Recipe) -> tuple[ExportedProg
     facts = pipeline.to_portable(program, recipe)
     fuse_linears(program)
     _require_float32(program)
+    _refuse_groups(program)
     return _repacked(exported, program), facts
 
 
@@ -245,6 +246,16 @@ def _require_float32(program: Program) -> None:
                 f"{module_path(node)} computes in {node.meta['val'].dtype} ({source_line(node)}). The int8 kernels of "
                 "ONNX Runtime and OpenVINO on a CPU work with float32 around them, and leave other types unfused "
                 "(trap T8): export model.float()."
+            )
+
+
+def _refuse_groups(program: Program) -> None:
+    for node in program.graph.nodes:
+        if op_name(node) == "linear" and op_name(node.args[1]) == "dequantize_weight_groups":
+            raise UnsupportedError(
+                f"{module_path(node)} ({source_line(node)}): group-wise weights have no int8 kernel in ONNX runtimes. "
+                "ONNX Runtime fails when it runs them with quantized activations (trap T7) and multiplies in float "
+                'without. Export recipe.override(weights="per_channel").'
             )
 
 

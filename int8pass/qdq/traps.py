@@ -1,7 +1,7 @@
 """Traps: shapes of QDQ graphs that compute the right numbers and silently run in float, or worse.
 
-Every check looks at the file alone. `Trap.id` is what reports and documentation call it; each was reproduced on ONNX
-Runtime 1.31 (x86 CPU) unless its text says otherwise.
+Every check looks at the file alone. `Trap.id` is what reports and documentation call it; docs/onnx.md says which the
+tests reproduce.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def _per_row(x, value):
 def _range_codes(low, high, symmetric):
     """Scale and zero point, float scalars, of codes that cover `low`…`high`."""
     if symmetric:
-        absmax = op.Max(op.Neg(low), high, f32(SMALLEST_ABSMAX))
+        absmax = op.Max(op.Max(op.Neg(low), high), f32(SMALLEST_ABSMAX))  # of three, it is not folded
         return op.Div(absmax, f32(INT8_MAX)), f32(0.0)
     low, high = op.Min(low, f32(0.0)), op.Max(high, f32(0.0))
     scale = op.Div(op.Max(op.Sub(high, low), f32(SMALLEST_ABSMAX)), f32(INT8_MAX - INT8_MIN))
