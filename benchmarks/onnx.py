@@ -54,8 +54,11 @@ class Batches(quantization.CalibrationDataReader):
 def feeds(args: dict[str, Any], text: Tensor) -> list[dict[str, np.ndarray]]:
     """Inputs of the files for windows of text."""
     return [
-        {name: (ids[None] if name == "input_ids" else torch.ones_like(ids)[None]).numpy()
-         for name, value in args.items() if isinstance(value, Tensor)}
+        {
+            name: (ids[None] if name == "input_ids" else torch.ones_like(ids)[None]).numpy()
+            for name, value in args.items()
+            if isinstance(value, Tensor)
+        }
         for ids in text
     ]
 
@@ -94,9 +97,7 @@ def files(name: str, folder: Path, text: Tensor) -> tuple[dict[str, Path], dict[
     quantization.quantize_static(made["fp32"], made["ort quantize_static"], Batches(batches))
     unsigned = {"activation_type": quantization.QuantType.QUInt8, **only}
     made["ort quantize_static u8"] = folder / "static_u8.onnx"
-    quantization.quantize_static(
-        made["fp32"], made["ort quantize_static u8"], Batches(batches), **unsigned
-    )
+    quantization.quantize_static(made["fp32"], made["ort quantize_static u8"], Batches(batches), **unsigned)
     kernels = {
         f"{label}, {runtime}": f"{sum(f.int8 for f in found.findings)} of {len(found.findings)}"
         for label, path in made.items()
