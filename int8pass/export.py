@@ -10,6 +10,7 @@ the runtime named as target runs every one of them in int8, with the numbers of 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
 import logging
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -37,7 +39,7 @@ from int8pass.graph.pattern import op_name
 from int8pass.match import module_path, source_line
 from int8pass.pipeline import Facts
 from int8pass.quantize import pack_weight
-from int8pass.recipe import Options, Recipe
+from int8pass.recipe import Options, Recipe, Scheme
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -131,10 +133,11 @@ def export_onnx(
         with _step(progress, "capture"):
             exported = capture(model, args, dynamic_shapes)
         with _step(progress, "quantize"):
-            portable, facts = to_portable(exported, settings.recipe)
+            chosen = for_target(settings.recipe, target)
+            portable, facts = to_portable(exported, chosen)
         with _step(progress, "translate to ONNX"):
             onnx_model = to_onnx(portable, target)
-            _describe(onnx_model, facts, settings.recipe, target)
+            _describe(onnx_model, facts, chosen, target)
         with _step(progress, "write"):
             written = files.write(onnx_model, folder, file)
             del onnx_model
@@ -206,6 +209,22 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def for_target(recipe: Recipe, target: str) -> Recipe:
+    """The recipe as a target can run it: TensorRT's static activations have no zero point, so those sites become
+    symmetric, over the same calibrated ranges."""
+    if target != "tensorrt":
+        return recipe
+    symmetric = {
+        name: dataclasses.replace(site, scheme=_symmetric(site.scheme)) if site.scheme else site
+        for name, site in recipe.sites.items()
+    }
+    return dataclasses.replace(recipe, scheme=_symmetric(recipe.scheme), sites=MappingProxyType(symmetric))
+
+
+def _symmetric(scheme: Scheme) -> Scheme:
+    return dataclasses.replace(scheme, symmetric=True) if scheme.activations == "static" else scheme
+
+
 def to_portable(exported: ExportedProgram, recipe: Recipe) -> tuple[ExportedProgram, Facts]:
     """The exported program in portable form, its int8 linears as one op each, with packed weights as its buffers.
 
@@ -216,6 +235,7 @@ def to_portable(exported: ExportedProgram, recipe: Recipe) -> tuple[ExportedProg
     facts = pipeline.to_portable(program, recipe)
     fuse_linears(program)
     _require_float32(program)
+    _refuse_groups(program)
     return _repacked(exported, program), facts
 
 
@@ -226,6 +246,16 @@ def _require_float32(program: Program) -> None:
                 f"{module_path(node)} computes in {node.meta['val'].dtype} ({source_line(node)}). The int8 kernels of "
                 "ONNX Runtime and OpenVINO on a CPU work with float32 around them, and leave other types unfused "
                 "(trap T8): export model.float()."
+            )
+
+
+def _refuse_groups(program: Program) -> None:
+    for node in program.graph.nodes:
+        if op_name(node) == "linear" and op_name(node.args[1]) == "dequantize_weight_groups":
+            raise UnsupportedError(
+                f"{module_path(node)} ({source_line(node)}): group-wise weights have no int8 kernel in ONNX runtimes. "
+                "ONNX Runtime fails when it runs them with quantized activations (trap T7) and multiplies in float "
+                'without. Export recipe.override(weights="per_channel").'
             )
 
 

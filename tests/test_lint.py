@@ -176,6 +176,24 @@ def test_transposed_weights_run_in_int8_but_load_slowly(tmp_path: Path) -> None:
     np.testing.assert_allclose(run(path, floats(1, ROWS, K))[0], before[0], rtol=1e-5, atol=1e-5)
 
 
+def test_a_relu_before_a_quantizer_is_named_and_fixed(tmp_path: Path) -> None:
+    made = linear(bias="", shape=(1, "length", K))
+    node = helper.make_node
+    made.graph.node.extend([
+        node("Relu", ["y0"], ["r"]), node("QuantizeLinear", ["r", "sx", "zx"], ["rq"]),
+        node("DequantizeLinear", ["rq", "sx", "zx"], ["y1"]),
+    ])  # fmt: skip
+    made.graph.output[0].name = "y1"
+    path = tmp_path / "m.onnx"
+    onnx.save(made, path)
+    found = lint(path)
+    assert [[t.id for t in f.traps] for f in found.findings if not f.int8] == [["T3"]], str(found)
+    before = run(path, floats(1, ROWS, K))[0]
+    assert fix(path)["T3"] == 1
+    assert lint(path).passed
+    np.testing.assert_allclose(run(path, floats(1, ROWS, K))[0], before, rtol=1e-3, atol=0.031)
+
+
 def test_signed_integers_multiply_slowly(tmp_path: Path) -> None:
     node = helper.make_node
     nodes = [

@@ -28,7 +28,7 @@ def _float32(value: Any) -> Any:
     return torch.float32 if value in {torch.bfloat16, torch.float16} and isinstance(value, torch.dtype) else value
 
 
-PER_OP = 6  # each is an export and a session; dtypes are all float32 here, so that samples repeat each other
+PER_OP = 4  # each is an export and a session; dtypes are all float32 here, so that samples repeat each other
 
 
 def _cases() -> list[Any]:

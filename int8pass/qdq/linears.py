@@ -43,6 +43,12 @@ class Linear:
         """The module it comes from, as well as the file says."""
         return module_of(self.node)
 
+    @property
+    def shape(self) -> ir.Shape | None:
+        """Shape of its result, the last size aside (that may be its input's); None where the file does not say."""
+        values = [self.node.outputs[0], self.node.inputs[0], self.quantizer.inputs[0] if self.quantizer else None]
+        return next((v.shape for v in values if v is not None and v.shape is not None), None)
+
     def aliases(self) -> set[str]:
         """Names a runtime may know it by: its node's, its result's, and those of what is fused onto it."""
         names = {str(self.node.name), str(self.node.outputs[0].name)}

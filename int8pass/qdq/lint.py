@@ -173,6 +173,7 @@ def fix(path: str | os.PathLike[str], output: str | os.PathLike[str] | None = No
     if in_trap & {"T2", "T4", "T5"}:
         done = rewrite.unsigned_activations(model)
         counts.update({name: done for name in ("T2", "T4", "T5") if name in in_trap})
+    counts["T3"] = rewrite.relu_as_max(model)
     counts["T9"] = rewrite.transpose_weights(model)
     counts["T1"] = rewrite.fix_biases(model)
     passes.RemoveUnusedNodesPass()(model)

@@ -30,7 +30,8 @@ def prepare(model: ir.Model, unsigned: bool) -> None:
     if unsigned:
         unsigned_activations(model)
         split_norms(model)
-    fix_biases(model)
+        relu_as_max(model)
+        fix_biases(model)  # TensorRT wants biases in float
     passes.RemoveUnusedNodesPass()(model)
 
 
@@ -56,6 +57,27 @@ def split_norms(model: ir.Model) -> int:
         model.graph.insert_before(add, total)
         ir.convenience.replace_all_uses_with(value, new)
         model.graph.remove(add, safe=True)
+        count += 1
+    return count
+
+
+def relu_as_max(model: ir.Model) -> int:
+    """`Q(Relu(x))` ⇒ `Q(Max(x, 0))` where x is a product and the zero point is in mid-range; returns how many (T3)."""
+    from int8pass.qdq import linears, traps
+
+    count = 0
+    for linear in linears.find(model):
+        relu = traps.relu_before_quantizer(linear)
+        if relu is None or relu.op_type != "Relu":
+            continue
+        zero = initializer(model, "zero", np.zeros((), np.float32))
+        largest = ir.Node("", "Max", [relu.inputs[0], zero], name=relu.name)
+        largest.metadata_props.update(relu.metadata_props)
+        value, new = relu.outputs[0], largest.outputs[0]
+        new.name, new.dtype, new.shape = value.name, value.dtype, value.shape
+        model.graph.insert_before(relu, largest)
+        ir.convenience.replace_all_uses_with(value, new)
+        model.graph.remove(relu, safe=True)
         count += 1
     return count
 
@@ -97,6 +119,11 @@ def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
     if value.const_value is not None:
         return value.const_value
     return ir.convenience.get_const_tensor(value)
+
+
+def block_size(node: ir.Node) -> int:
+    """Elements that share a scale in a Q or DQ of blocks; 0 where it has none."""
+    return node.attributes["block_size"].as_int() if "block_size" in node.attributes else 0
 
 
 def initializer(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
@@ -143,7 +170,7 @@ def _is_int8_matrix(value: ir.Value) -> bool:
 def _transpose_dequantized(model: ir.Model, node: ir.Node, done: dict[ir.Value, ir.Value]) -> int:
     """`Transpose(DequantizeLinear(W[N, K], s, z, axis=a))` ⇒ `DequantizeLinear(Wᵀ, s, z, axis=1-a)`"""
     read = node.inputs[0].producer()
-    if read is None or read.op_type != "DequantizeLinear" or "block_size" in read.attributes:
+    if read is None or read.op_type != "DequantizeLinear" or block_size(read):
         return 0
     weight = read.inputs[0]
     if weight is None or not _is_int8_matrix(weight) or len(read.outputs[0].uses()) != 1:
@@ -248,15 +275,17 @@ def explicit_zero_points(nodes: Iterable[ir.Node], model: ir.Model) -> int:
     """Q and DQ without zero point ⇒ with one of 0 in their type (unfused without); returns how many changed."""
     count = 0
     for node in nodes:
-        if node.op_type not in {"QuantizeLinear", "DequantizeLinear"} or "block_size" in node.attributes:
+        if node.op_type not in {"QuantizeLinear", "DequantizeLinear"} or block_size(node):
             continue
         if len(node.inputs) > 2 and node.inputs[2] is not None:
             continue
         coded = node.outputs[0] if node.op_type == "QuantizeLinear" else node.inputs[0]
         scale = constant_of(node.inputs[1])
-        if coded is None or scale is None or coded.dtype not in {ir.DataType.INT8, ir.DataType.UINT8}:
+        stored = constant_of(coded)
+        kind = stored.dtype if stored is not None else coded.dtype if coded is not None else None
+        if scale is None or kind not in {ir.DataType.INT8, ir.DataType.UINT8}:
             continue
-        zero = initializer(model, "zero_point", np.zeros(scale.shape.numpy(), coded.dtype.numpy()))
+        zero = initializer(model, "zero_point", np.zeros(scale.shape.numpy(), kind.numpy()))
         inputs = [node.inputs[0], node.inputs[1], zero]
         node.resize_inputs(3)
         node.replace_input_with(2, inputs[2])
@@ -273,8 +302,7 @@ def fusing_bias(model: ir.Model, linear: Linear, add: ir.Node) -> bool:
     """
     constants = (v for v in add.inputs if v is not None and constant_of(v) is not None)
     bias = next((v for v in constants if v is not linear.weight), None)
-    product = linear.node.outputs[0]
-    rank = len(product.shape) if product.shape is not None else None
+    rank = len(linear.shape) if linear.shape is not None else None
     if add.op_type == "Add" and rank == 3 and bias is not None:
         array = constant_of(bias).numpy()  # type: ignore[union-attr]
         wide = initializer(model, f"{bias.name}.wide", array.reshape(1, 1, -1))
@@ -304,6 +332,8 @@ def _integer_bias(model: ir.Model, linear: Linear, add: ir.Node) -> bool:
     read.outputs[0].name = f"{bias.name}.dequantized"
     read.outputs[0].dtype, read.outputs[0].shape = ir.DataType.FLOAT, ir.Shape(codes.shape)
     model.graph.insert_before(add, read)
+    if linear.read is not None:
+        explicit_zero_points([linear.read], model)  # a Gemm is fused only with one for its weight
     if is_gemm:
         add.replace_input_with(2, read.outputs[0])
         return True

@@ -1,7 +1,7 @@
 """Traps: shapes of QDQ graphs that compute the right numbers and silently run in float, or worse.
 
-Every check looks at the file alone. `Trap.id` is what reports and documentation call it; each was reproduced on ONNX
-Runtime 1.31 (x86 CPU) unless its text says otherwise.
+Every check looks at the file alone. `Trap.id` is what reports and documentation call it; docs/onnx.md says which the
+tests reproduce.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from int8pass.qdq.linears import Linear, signed_input
-from int8pass.qdq.rewrite import constant_of
+from int8pass.qdq.rewrite import block_size, constant_of
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ TRAPS = {
         Trap("T2", "signed activations whose QuantizeLinear has several readers (q, k, v): not fused on x86",
              "uint8 activations with zero point + 128", True),
         Trap("T3", "QuantizeLinear after a Relu or Clip with a zero point in the middle of its range: not fused",
-             "a uint8 zero point of 0 there, with the scale of the positive half", False),
+             "Max(x, 0) for the Relu, or a uint8 zero point of 0 and the scale of the positive half", True),
         Trap("T4", "MatMulInteger with signed activations: a slow generic path on x86", "uint8 activations", True),
         Trap("T5", "opset 21 or later, signed activations, static rank 3 and an int32 bias: does not load",
              "uint8 activations with zero point + 128", True),
@@ -104,7 +104,7 @@ def _quantized_output(node: ir.Node) -> bool:
 
 def _static_rank(linear: Linear) -> tuple[int | None, bool]:
     """Rank of the product, and whether all its sizes are known."""
-    shape = linear.node.outputs[0].shape or (linear.node.inputs[0].shape if linear.node.inputs[0] else None)
+    shape = linear.shape
     if shape is None:
         return None, False
     return len(shape), all(isinstance(size, int) for size in shape)
@@ -133,21 +133,28 @@ def _shared_signed(linear: Linear, opset: int) -> bool:
     return len(readers) > 1 or any(len(r.outputs[0].uses()) > 1 for r in readers)
 
 
-def _after_relu(linear: Linear, opset: int) -> bool:
+def relu_before_quantizer(linear: Linear) -> ir.Node | None:
+    """The Relu or Clip between a product and a QuantizeLinear whose zero point is not its lowest code."""
     user = linear.node
     for _ in range(2):  # the product, then its bias
         uses = user.outputs[0].uses()
         if len(uses) != 1:
-            return False
+            return None
         user = uses[0][0]
         if user.op_type in {"Relu", "Clip"}:
             break
     if user.op_type not in {"Relu", "Clip"} or not _quantized_output(user):
-        return False
+        return None
     quantizer = user.outputs[0].uses()[0][0]
     zero = constant_of(quantizer.inputs[2]) if len(quantizer.inputs) > 2 else None
-    lowest = -128 if zero is not None and zero.dtype == ir.DataType.INT8 else 0
-    return zero is not None and int(zero.numpy().reshape(-1)[0]) != lowest
+    if zero is None:
+        return None
+    lowest = -128 if zero.dtype == ir.DataType.INT8 else 0
+    return user if int(zero.numpy().reshape(-1)[0]) != lowest else None
+
+
+def _after_relu(linear: Linear, opset: int) -> bool:
+    return relu_before_quantizer(linear) is not None
 
 
 def _signed_integers(linear: Linear, opset: int) -> bool:
@@ -172,11 +179,7 @@ def _no_zero_point(linear: Linear, opset: int) -> bool:
 
 def _blocks(linear: Linear, opset: int) -> bool:
     read = linear.read
-    return linear.form == "qdq" and read is not None and bool(_integer(read, "block_size"))
-
-
-def _integer(node: ir.Node, name: str) -> int:
-    return node.attributes[name].as_int() if name in node.attributes else 0
+    return linear.form == "qdq" and read is not None and bool(block_size(read))
 
 
 def _half(linear: Linear, opset: int) -> bool:

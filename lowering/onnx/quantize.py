@@ -14,7 +14,7 @@ from onnxscript import opset21 as op
 from lowering.numerics import INT8_MAX, INT8_MIN, SMALLEST_ABSMAX
 from lowering.ops import quantize as ops
 
-FLOAT, INT32, INT64 = 1, 6, 7  # onnx.TensorProto.DataType
+FLOAT, INT8, INT32 = 1, 3, 6  # onnx.TensorProto.DataType
 
 
 def f32(value):
@@ -82,6 +82,43 @@ def quantize_per_token(x, symmetric):
     return codes, scale, op.Cast(zero_point, to=INT32)
 
 
+def _per_row(x, value):
+    """A scalar once per row of `x`: `[..., 1]`."""
+    return op.Expand(value, op.Concat(op.Shape(x, start=0, end=-1), i64(1), axis=0))
+
+
+def _range_codes(low, high, symmetric):
+    """Scale and zero point, float scalars, of codes that cover `low`…`high`."""
+    if symmetric:
+        absmax = op.Max(op.Max(op.Neg(low), high), f32(SMALLEST_ABSMAX))  # of three, it is not folded
+        return op.Div(absmax, f32(INT8_MAX)), f32(0.0)
+    low, high = op.Min(low, f32(0.0)), op.Max(high, f32(0.0))
+    scale = op.Div(op.Max(op.Sub(high, low), f32(SMALLEST_ABSMAX)), f32(INT8_MAX - INT8_MIN))
+    return scale, op.Round(op.Sub(f32(INT8_MIN), op.Mul(low, op.Reciprocal(scale))))
+
+
+@ops.quantize_per_tensor.impl("onnx")
+def quantize_per_tensor(x, limits, symmetric):
+    """With limits, one QuantizeLinear whose scale and zero point fold to constants: what all runtimes call static.
+
+    It saturates at -128 also where the reference's symmetric codes end at -127.
+    """
+    if limits is None:
+        low, high = op.ReduceMin(x, keepdims=0), op.ReduceMax(x, keepdims=0)
+        scale, zero_point = _range_codes(low, high, symmetric)
+        scaled = op.Mul(x, op.Reciprocal(scale))
+        codes = to_codes(scaled if symmetric else op.Add(scaled, zero_point))
+    else:
+        low, high = (op.Gather(limits, i, axis=0) for i in (_index(0), _index(1)))
+        scale, zero_point = _range_codes(low, high, symmetric)
+        codes = op.QuantizeLinear(x, scale, int8_zero() if symmetric else op.Cast(zero_point, to=INT8))
+    return codes, _per_row(x, scale), op.Cast(_per_row(x, zero_point), to=INT32)
+
+
+def _index(value):
+    return op.Constant(value=_tensor(np.asarray(value, np.int64)))
+
+
 @ops.dequantize.impl("onnx")
 def dequantize(codes, scale, zero_point, dtype):
     values = op.Cast(codes, to=FLOAT)
@@ -93,6 +130,11 @@ def dequantize(codes, scale, zero_point, dtype):
 @ops.dequantize_weight.impl("onnx")
 def dequantize_weight(codes, scale, dtype):
     return op.Cast(op.DequantizeLinear(codes, scale, axis=0), to=dtype)
+
+
+@ops.dequantize_weight_groups.impl("onnx")
+def dequantize_weight_groups(codes, scale, group, dtype):
+    return op.Cast(op.DequantizeLinear(codes, scale, axis=1, block_size=group), to=dtype)
 
 
 def _without(x, columns, kept):
