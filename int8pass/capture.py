@@ -70,10 +70,7 @@ def from_dynamo(gm: fx.GraphModule, inputs: Sequence[Any]) -> Program:
     if context is None or context.fake_mode is None:
         raise CaptureError("no tracing context: use torch.compile(model, backend='int8'), not the backend by itself")
     fake_mode = context.fake_mode  # Dynamo's own: a fresh one would lose the symbolic sizes
-    fakes = [
-        fake_mode.from_tensor(v, symbolic_context=context.tensor_to_context.get(v)) if isinstance(v, Tensor) else v
-        for v in inputs
-    ]
+    fakes = [_fake(v, context) if isinstance(v, Tensor) else v for v in inputs]
     try:
         with torch.no_grad(), fake_mode, enable_python_dispatcher(), preserve_node_meta():
             traced = make_fx(fx.Interpreter(gm).run, pre_dispatch=True)(*fakes)
@@ -81,6 +78,14 @@ def from_dynamo(gm: fx.GraphModule, inputs: Sequence[Any]) -> Program:
         raise CaptureError(f"the model has an operation whose result depends on data: {error}") from error
     origins = [n for n in gm.graph.nodes if n.op == "placeholder"]
     return _with_constants(traced, fake_mode, origins)
+
+
+def _fake(tensor: Tensor, context: TracingContext) -> Tensor:
+    """The fake tensor of an input with Dynamo's symbols, which are known by the source: views are not remembered."""
+    assert context.fake_mode is not None
+    known = context.tensor_to_context.get(tensor)
+    source = getattr(known, "tensor_source", None)
+    return context.fake_mode.from_tensor(tensor, symbolic_context=known, source=source)
 
 
 def _with_constants(traced: fx.GraphModule, fake_mode: FakeTensorMode, origins: list[fx.Node]) -> Program:

@@ -245,6 +245,17 @@ def run_shapes(model: nn.Module, backend: str, **options: Any) -> tuple[list[Ten
 
 
 @pytest.mark.slow
+def test_slices_of_one_tensor_at_several_lengths() -> None:
+    """The strides of a view are symbols too, and belong to the input they come from."""
+    model, _ = gated()
+    width = next(model.parameters()).shape[-1]
+    whole = torch.randn(4, 40, width)
+    compiled = torch.compile(model, backend="int8", fullgraph=True)
+    with torch.no_grad():
+        for length in (9, 17, 30):
+            assert relative_error(compiled(whole[:, :length]), model(whole[:, :length])) < 0.05
+
+
 def test_dynamic_shapes_and_released_weights() -> None:
     """As many graphs as plain Inductor, on the same calls; every graph reads the same packed weights; the same with
     the original weights released after the first call."""
