@@ -13,6 +13,7 @@ from int8pass import pipeline
 from int8pass.capture import Program, from_dynamo
 from int8pass.errors import GradientError
 from int8pass.graph.constants import Constant, Store
+from int8pass.graph.rewrite import Edit
 from int8pass.inspect import trace
 from int8pass.lower import Compiled, compile_with_inductor, lift_constants, mark_placeholders
 from int8pass.quantize import pack_rounded, pack_weight
@@ -69,8 +70,6 @@ def _refuse_gradients(inputs: Sequence[Any]) -> None:
 
 def _output_overflow(program: Program, overflows: list[fx.Node]) -> bool:
     """Add the number of outlier columns that found no place, over all sites, as a last output of the graph."""
-    from int8pass.graph.rewrite import Edit
-
     if not overflows:
         return False
     output = next(n for n in reversed(program.graph.nodes) if n.op == "output")

@@ -8,7 +8,6 @@ before them where one pass over the row can do all; linears that share an input 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx
@@ -24,8 +23,8 @@ from lowering.ops import quantize as quantize_ops
 aten = torch.ops.aten
 
 
-def fuse(program: Program, merge: Callable[[fx.Node], bool] = lambda node: True) -> RewriteLog:
-    """Run all fusion rules. `merge` says whether a linear may be merged with others of the same input."""
+def fuse(program: Program) -> RewriteLog:
+    """Run all fusion rules."""
     log = apply_rules(
         program,
         (
@@ -33,7 +32,7 @@ def fuse(program: Program, merge: Callable[[fx.Node], bool] = lambda node: True)
             fuse_split_quantize, fuse_split_quantize_dynamic, fuse_norm, fuse_add_norm, fuse_gate_product,
         ),
     )  # fmt: skip
-    log.hits["merge_linears"] += merge_linears(program, merge)
+    log.hits["merge_linears"] += merge_linears(program)
     log.hits += apply_rules(program, (fuse_gated_linear,)).hits
     return log
 
@@ -289,13 +288,13 @@ def concatenate(*tensors: Tensor) -> Tensor:
     return torch.cat(tensors)
 
 
-def merge_linears(program: Program, allowed: Callable[[fx.Node], bool]) -> int:
+def merge_linears(program: Program) -> int:
     """Linears with one input, all constants and no two alike otherwise ⇒ one linear and views of its result."""
     edit, merged = Edit(program), 0
     groups: dict[tuple[object, ...], list[fx.Node]] = {}
     for node in program.graph.nodes:
         key = _merge_key(node, edit)
-        if key is not None and allowed(node):
+        if key is not None:
             groups.setdefault(key, []).append(node)
     for nodes in groups.values():
         if len(nodes) > 1:

@@ -42,9 +42,9 @@ def to_json(recipe: Recipe) -> str:
 def save(recipe: Recipe, target: Path) -> None:
     """Write the file, and its codes first: a recipe never names codes that are not there."""
     if recipe.tensors:
-        with _written_whole(_beside(target)) as part:
+        with written_whole(_beside(target)) as part:
             torch.save(dict(recipe.tensors), part)
-    with _written_whole(target) as part:
+    with written_whole(target) as part:
         part.write_text(to_json(recipe) + "\n")
 
 
@@ -137,7 +137,7 @@ def _beside(path: Path) -> Path:
 
 
 @contextmanager
-def _written_whole(target: Path) -> Iterator[Path]:
+def written_whole(target: Path) -> Iterator[Path]:
     """A path to write to that becomes `target` if all goes well, and goes if not."""
     file = tempfile.NamedTemporaryFile(dir=target.parent, delete=False, prefix=target.name, suffix=".part")  # noqa: SIM115
     file.close()

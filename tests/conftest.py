@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +12,22 @@ import torch._dynamo
 
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> Iterator[None]:
-    """Graphs of one test must not count against the recompile limit of another, nor serve it."""
+    """Graphs of one test must not count against the recompile limit of another, nor serve it.
+
+    All transformers models run through one function of transformers, for which Dynamo keeps eight graphs.
+    """
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A transformers folder with a tiny Llama and its tokenizer."""
+    import tiny_llama  # needs transformers, which not every test does
+
+    return tiny_llama.save(tmp_path_factory.mktemp("tiny"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

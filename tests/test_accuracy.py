@@ -8,9 +8,10 @@ from collections.abc import Mapping
 import pytest
 import torch
 from harness import relative_error
-from test_real_model import LAYERS, FirstLayers, plant_outliers, smollm2
+from test_real_model import LAYERS, FirstLayers, smollm2
 from torch import Tensor, nn
 
+from benchmarks.cpu import stress
 from int8pass.calibration import Calibration
 from int8pass.calibration.session import Session
 from int8pass.recipe import Recipe
@@ -55,7 +56,7 @@ def test_outliers_of_large_models_change_little(smollm2: tuple[nn.Module, Tensor
     model, ids = smollm2
     planted = copy.deepcopy(model)
     with torch.no_grad():
-        plant_outliers(planted)
+        stress(planted)
     names = ("naive", "smoothed", "per token")
     plain, stressed = (errors(FirstLayers(m, 2), ids, names) for m in (model, planted))
     for name in ("smoothed", "per token"):

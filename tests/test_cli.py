@@ -6,7 +6,6 @@ import io
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,17 +18,6 @@ from typer.testing import CliRunner
 
 import int8pass
 from int8pass import cli, measure
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama.save(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(autouse=True)
-def no_graphs_of_other_tests():
-    """All transformers models run through one function of transformers, for which Dynamo keeps eight graphs."""
-    torch._dynamo.reset()
 
 
 def invoke(*arguments: object):

@@ -14,24 +14,12 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
-import tiny_llama
 from typer.testing import CliRunner
 
 import int8pass
 from int8pass import cli
 from int8pass.errors import CaptureError
 from int8pass.inspect.report import ReportError
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama.save(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(autouse=True)
-def no_graphs_of_other_tests() -> None:
-    """All transformers models run through one function of transformers, for which Dynamo keeps eight graphs."""
-    torch._dynamo.reset()
 
 
 def invoke(*arguments: object) -> Any:

@@ -9,6 +9,7 @@ import torch
 from harness import relative_error, run_pass
 from torch import Tensor, nn
 
+from benchmarks.cpu import stress
 from int8pass import hub
 
 pytestmark = pytest.mark.slow
@@ -86,26 +87,10 @@ def test_quality_order(smollm2: tuple[nn.Module, Tensor]) -> None:
     assert found["default"] < 0.01, found
 
 
-def plant_outliers(model: nn.Module, k: int = 6, c: float = 40.0) -> None:
-    """k channels of both norms of every block times c, their readers' columns divided by c: the same function, with
-    the outliers of models of 6.7B parameters and more."""
-    generator = torch.Generator().manual_seed(0)
-    for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        for norm, readers in (
-            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
-            (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
-        ):
-            channels = torch.randperm(norm.weight.numel(), generator=generator)[:k]
-            norm.weight[channels] *= c
-            for reader in readers:
-                reader.weight[:, channels] /= c
-
-
 def test_the_default_is_safe_with_the_outliers_of_large_models(smollm2: tuple[nn.Module, Tensor]) -> None:
     """Runs last: it changes the weights."""
     model, ids = smollm2
     with torch.no_grad():
-        plant_outliers(model)
+        stress(model)
     found = divergences(model, ids, ("default", "w8a8"))
     assert found["default"] < 0.1 * found["w8a8"], found

@@ -6,6 +6,7 @@ node is no business of the rule.
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -72,8 +73,6 @@ class Edit:
 
     def element(self, node: fx.Node, index: int) -> fx.Node:
         """`node[index]`, right after `node` or its other elements."""
-        import operator
-
         last = max((u for u in node.users if u.target is operator.getitem), default=node)
         with self.program.graph.inserting_after(last):
             element = self.program.graph.call_function(operator.getitem, (node, index))

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from int8pass.errors import Int8PassError, OptionError
 from int8pass.inspect import facts
 from int8pass.inspect.facts import Facts
+from int8pass.recipe_file import written_whole
 
 
 class ReportError(Int8PassError):
@@ -113,18 +113,11 @@ def renderer(path: Path) -> Callable[[Report], str]:
 
 def write(target: Path, content: str) -> None:
     """Write a file whole or not at all."""
-    part = ""
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", dir=target.parent, delete=False, suffix=".part", encoding="utf-8"
-        ) as file:
-            part = file.name
-            file.write(content)
-        os.chmod(part, 0o644)
-        os.replace(part, target)
+        with written_whole(target) as part:
+            part.write_text(content, encoding="utf-8")
+            part.chmod(0o644)
     except OSError as error:
-        if part:
-            Path(part).unlink(missing_ok=True)
         raise ReportError(f"the report {target} cannot be written: {error.strerror or error}") from error
 
 

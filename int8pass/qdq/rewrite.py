@@ -51,14 +51,19 @@ def split_norms(model: ir.Model) -> int:
         if any(constant_of(v) is not None for v in add.inputs):
             continue
         total = ir.Node("", "Sum", list(add.inputs), name=add.name)
-        total.metadata_props.update(add.metadata_props)
-        value, new = add.outputs[0], total.outputs[0]
-        new.name, new.dtype, new.shape = value.name, value.dtype, value.shape
-        model.graph.insert_before(add, total)
-        ir.convenience.replace_all_uses_with(value, new)
-        model.graph.remove(add, safe=True)
+        _put_in_place(model, add, total)
         count += 1
     return count
+
+
+def _put_in_place(model: ir.Model, old: ir.Node, new: ir.Node) -> None:
+    """Let `new` be what `old`, a node of one output, is in the graph: its value, name and metadata."""
+    value, result = old.outputs[0], new.outputs[0]
+    new.metadata_props.update(old.metadata_props)
+    result.name, result.dtype, result.shape = value.name, value.dtype, value.shape
+    model.graph.insert_before(old, new)
+    ir.convenience.replace_all_uses_with(value, result)
+    model.graph.remove(old, safe=True)
 
 
 def relu_as_max(model: ir.Model) -> int:
@@ -72,12 +77,7 @@ def relu_as_max(model: ir.Model) -> int:
             continue
         zero = initializer(model, "zero", np.zeros((), np.float32))
         largest = ir.Node("", "Max", [relu.inputs[0], zero], name=relu.name)
-        largest.metadata_props.update(relu.metadata_props)
-        value, new = relu.outputs[0], largest.outputs[0]
-        new.name, new.dtype, new.shape = value.name, value.dtype, value.shape
-        model.graph.insert_before(relu, largest)
-        ir.convenience.replace_all_uses_with(value, new)
-        model.graph.remove(relu, safe=True)
+        _put_in_place(model, relu, largest)
         count += 1
     return count
 

@@ -12,7 +12,6 @@ import ctypes
 import functools
 import hashlib
 import logging
-import os
 import subprocess
 import sys
 import tempfile
@@ -77,16 +76,12 @@ def library() -> Path:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     root = Path(torch.__file__).parent
-    handle, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
-    os.close(handle)
-    try:
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        part = Path(folder) / target.name
         command = [compiler, *_FLAGS, f"-I{root / 'include'}", *(str(p) for p in sources if p.suffix == ".cpp")]
-        command += ["-o", name, f"-L{root / 'lib'}", "-ltorch_cpu"]
+        command += ["-o", str(part), f"-L{root / 'lib'}", "-ltorch_cpu"]
         subprocess.run(command, check=True, capture_output=True, text=True)
-        os.replace(name, target)  # whole or not at all, whoever else compiles it now
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        part.replace(target)  # whole or not at all, whoever else compiles it now
     return target
 
 

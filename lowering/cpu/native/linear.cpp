@@ -23,20 +23,40 @@ constexpr int64_t GROUP_BYTES = 1 << 18;  // packed weights of a group: they sta
 constexpr int64_t CHUNK = 16 * BLOCK;     // rows a thread takes at least, where there are enough
 
 #if defined(__AMX_INT8__) && defined(__AMX_BF16__)
+#define INT8PASS_AMX
+
 bool ask_for_tiles() {
   constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
   return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }
-bool use_tiles = ask_for_tiles();
-
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
+
+// A thread's tiles, configured as long as this lives.
+class Tiles {
+ public:
+  explicit Tiles(bool used) : used_(used) {
+    const TileConfig config;
+    if (used_) _tile_loadconfig(&config);
+  }
+  ~Tiles() {
+    if (used_) _tile_release();
+  }
+
+ private:
+  bool used_;
+};
 #else
-bool use_tiles = false;
+bool ask_for_tiles() { return false; }
+
+struct Tiles {
+  explicit Tiles(bool) {}
+};
 #endif
+bool use_tiles = ask_for_tiles();
 
 // ---------------------------------------------------------------------------------------------------------- packing
 
@@ -259,7 +279,7 @@ struct Block {
   alignas(64) float part[BLOCK * PANEL];
 };
 
-#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
+#ifdef INT8PASS_AMX
 // Tile numbers are part of the instructions, so these cannot be functions. Tiles 0 to 3 add up 32 x 32 results.
 #define INT8PASS_CLEAR() \
   do {                    \
@@ -454,10 +474,7 @@ void run(const Problem& p, T* out) {
   torch::stable::parallel_for(0, groups * chunks, 1, [&](int64_t begin, int64_t end) {
     std::vector<Panel> packed;
     for (int64_t i = 0; i < group; ++i) packed.emplace_back(p);
-#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
-    const TileConfig config;
-    if (p.tiles) _tile_loadconfig(&config);
-#endif
+    const Tiles tiles(p.tiles);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t first_panel = item / chunks * group, first_row = item % chunks * chunk;
       const int64_t count = std::min(group, panels - first_panel);
@@ -467,9 +484,6 @@ void run(const Problem& p, T* out) {
       }
       if (first_row < p.m) run_group(p, packed, count, first_row, std::min(first_row + chunk, p.m), out);
     }
-#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
-    if (p.tiles) _tile_release();
-#endif
   });
 }
 
@@ -580,8 +594,6 @@ STABLE_TORCH_LIBRARY_IMPL(int8pass_cpu, CPU, library) {
 // For tests: AMX off and on again (where the processor and the system have it). Returns what was in force.
 extern "C" int int8pass_use_tiles(int on) {
   const int before = int8pass::use_tiles;
-#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
   int8pass::use_tiles = on != 0 && int8pass::ask_for_tiles();
-#endif
   return before;
 }
