@@ -17,6 +17,7 @@ from torch import Tensor
 import lowering.cpu
 from lowering import numerics
 from lowering.cpu import native
+from lowering.ops.act import ACTIVATIONS
 from lowering.registry import all_ops, random_tensor
 
 needs_native = pytest.mark.skipif(native.refusal() is not None, reason=str(native.refusal()))
@@ -98,6 +99,59 @@ def test_products_agree_with_the_reference_at_any_size(
     kernel_checks.compare(lowering.cpu.linear.native_linear_w8a8(*args), expected, op.tolerance)
     with vector_loops():
         kernel_checks.compare(lowering.cpu.linear.native_linear_w8a8(*args), expected, op.tolerance)
+
+
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+@needs_native
+@given(
+    m=st.integers(1, 70),
+    half=st.integers(1, 40),
+    k=st.integers(1, 200),
+    r=st.sampled_from([0, 1, 16, 40]),
+    dtype=st.sampled_from(list(ROUNDING)),
+    own_weights=st.booleans(),
+    act=st.sampled_from(list(ACTIVATIONS)),
+)
+@settings(max_examples=80, deadline=None)
+def test_gated_products_are_rounded_once(
+    m: int, half: int, k: int, r: int, dtype: torch.dtype, own_weights: bool, act: str
+) -> None:
+    """Of the exact product of `act(gate)` and `up` no more is lost than one rounding of the result."""
+    *args, outlier_weight, columns, dtype = _w8a8(m, 2 * half, k, r, dtype, own_weights)
+    args[4] = args[4] / 64  # the products of fp16 fit fp16
+    outlier_weight = None if outlier_weight is None else outlier_weight / 64
+    args += [outlier_weight, columns, dtype]
+    gate, up = all_ops()["linear_w8a8"].reference(*args[:-1], torch.float32).double().chunk(2, -1)
+    expected = ACTIVATIONS[act](gate) * up
+    # fp32 sums differ by their order; what that moves the gate by shows in the product.
+    atol = 1e-5 * float(gate.abs().max() * up.abs().max()) + 1e-6
+    for loops in (False, True):
+        with vector_loops() if loops else torch.no_grad():
+            product = native.gated_linear(*args, act)
+        assert product.dtype == dtype
+        assert product.shape == (m, half)
+        torch.testing.assert_close(product.double(), expected, rtol=ROUNDING[dtype], atol=atol)
+
+
+@needs_native
+@pytest.mark.parametrize("act", list(ACTIVATIONS))
+def test_activations_at_the_ends_of_their_range(act: str) -> None:
+    """Gates from far below to far above zero, where powers of two overflow and sums cancel."""
+    gate = torch.cat([torch.linspace(-127, 127, 255), torch.tensor([0.0])]).to(torch.int8)
+    for scale in (1e-3, 0.05, 1.0, 30.0):
+        codes = torch.stack([gate, torch.ones_like(gate)], 1)  # one column for the gate, one for a factor of 1
+        args = (codes, torch.ones(256, 1), None, torch.tensor([[1, 0], [0, 1]], dtype=torch.int8),
+                torch.tensor([scale, 1.0]), None, None, None, None, None, torch.float32, act)  # fmt: skip
+        expected = ACTIVATIONS[act](gate.double() * scale)[:, None]
+        torch.testing.assert_close(native.gated_linear(*args).double(), expected, rtol=1e-5, atol=5e-7 * max(1, scale))
+
+
+@needs_native
+def test_an_unknown_activation_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="swish"):
+        native.gated_linear(*_w8a8(2, 4, 8, 0, torch.float32, False), "swish")
 
 
 @needs_native
