@@ -26,15 +26,17 @@ def tile(kind: str, rows: int, width: int, dtype: torch.dtype) -> str:
     return f"tensordesc<{kind}[{rows}, {width}],{hopper.layout(rows, width, dtype)!r}>"
 
 
-def compiled(k: int, r: int, code_columns: bool, affine: bool, act: int) -> Compiled:
+def compiled(k: int, r: int, code_columns: bool, affine: bool, act: int, shared: bool = False) -> Compiled:
     """What `hopper.launch` would compile for these forms, bf16 out."""
     side, half, depth = hopper.BLOCK_M, hopper.HALF, hopper.BLOCK_K
     wide = 32 if r <= 32 else 64
     signature: dict[str, str] = {
         "a": tile("i8", side, depth, I8), "w": tile("i8", half, depth, I8), "c": tile("bf16", side, half, BF16),
         "scale": "*fp32", "scale_stride": "i32", "zero_point_stride": "i32", "weight_scale": "*fp32",
-        "M": "i32", "N": "i32", "rows": "i32",
+        "split": "i32", "M": "i32", "N": "i32", "rows": "i32",
     }  # fmt: skip
+    if shared:
+        signature |= {"sums": "*i32", "count": "*i32"}
     if r:
         signature |= {"o": tile("bf16", side, wide, BF16), "ow": tile("bf16", half, wide, BF16)}
     if affine:
@@ -54,6 +56,7 @@ def compiled(k: int, r: int, code_columns: bool, affine: bool, act: int) -> Comp
     return resources(triton.compile(source, target=SM90, options={"num_warps": hopper.WARPS}))
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["whole", "shared"])
 @pytest.mark.parametrize(
     ("k", "r", "code_columns", "affine", "act"),
     [
@@ -67,8 +70,8 @@ def compiled(k: int, r: int, code_columns: bool, affine: bool, act: int) -> Comp
         (4096, 64, True, True, CODE["silu"]),
     ],
 )
-def test_asynchronous_wgmma(k: int, r: int, code_columns: bool, affine: bool, act: int) -> None:
-    code = compiled(k, r, code_columns, affine, act)
+def test_asynchronous_wgmma(k: int, r: int, code_columns: bool, affine: bool, act: int, shared: bool) -> None:
+    code = compiled(k, r, code_columns, affine, act, shared)
     # The one form that spills: one half is held, as 16-bit values, while the other takes its outliers.
     assert code.stack <= (160 if r and act >= 0 else 0), "spills"
     assert code.shared <= 227 * 1024

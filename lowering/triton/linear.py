@@ -46,6 +46,7 @@ class Tile:
     k: int
     warps: int
     stages: int
+    swap: bool = False
 
 
 # (rows up to, channels up to, tile), the first that fits: best of a few on one H100 for the layers of a Llama-3-8B.
@@ -117,26 +118,38 @@ def load_tile(pointers, has_row, inside, EVEN_ROWS: tl.constexpr, EVEN_DEPTH: tl
 
 
 @triton.jit
+def add_product(y, o, w):
+    """`y + o @ wᵀ` in fp32."""
+    if INTERPRETED or (w.dtype != o.dtype and w.dtype != tl.int8):
+        y = tl.dot(o.to(tl.float32), w.to(tl.float32).T, y, input_precision="ieee")
+    else:
+        y = tl.dot(o, w.to(o.dtype).T, y, input_precision="ieee")
+    return y
+
+
+@triton.jit
 def add_outliers(
     y, outliers, right, columns, has_row, has_col, R: tl.constexpr, BLOCK_R: tl.constexpr
 ):  # fmt: skip
     """`y + outliers @ rightᵀ` in fp32, given pointers to rows; of `right` the first R columns, or those listed.
 
-    int8 weights are exact in any float.
+    int8 weights are exact in any float. Of listed columns, which are scattered reads, those are left out that no row of
+    the tile has a value in: most places of LLM.int8() are empty in most calls.
     """
-    element = outliers.dtype.element_ty
-    kind = right.dtype.element_ty
-    for start in range(0, R, BLOCK_R):
-        r = start + tl.arange(0, BLOCK_R)
-        at = r
-        if columns is not None:
-            at = tl.load(columns + r, mask=r < R, other=0).to(tl.int32)
-        o = tl.load(outliers + r[None, :], mask=has_row[:, None] & (r < R)[None, :], other=0.0)
-        w = tl.load(right + at[None, :], mask=has_col[:, None] & (r < R)[None, :], other=0)
-        if INTERPRETED or (kind != element and kind != tl.int8):
-            y = tl.dot(o.to(tl.float32), w.to(tl.float32).T, y, input_precision="ieee")
-        else:
-            y = tl.dot(o, w.to(element).T, y, input_precision="ieee")
+    if columns is None:
+        for start in range(0, R, BLOCK_R):
+            r = start + tl.arange(0, BLOCK_R)
+            o = tl.load(outliers + r[None, :], mask=has_row[:, None] & (r < R)[None, :], other=0.0)
+            w = tl.load(right + r[None, :], mask=has_col[:, None] & (r < R)[None, :], other=0)
+            y = add_product(y, o, w)
+    else:
+        for start in tl.static_range(0, R, BLOCK_R):
+            r = start + tl.arange(0, BLOCK_R)
+            o = tl.load(outliers + r[None, :], mask=has_row[:, None] & (r < R)[None, :], other=0.0)
+            if tl.max(tl.max((o != 0.0).to(tl.int32), 1), 0) > 0:
+                at = tl.load(columns + r, mask=r < R, other=0).to(tl.int32)
+                w = tl.load(right + at[None, :], mask=has_col[:, None] & (r < R)[None, :], other=0)
+                y = add_product(y, o, w)
     return y
 
 
@@ -199,7 +212,7 @@ def _linear_w8a8_kernel(
 def _linear_w8a16_kernel(
     x, x_stride, weight, weight_stride, weight_scale, bias, out, M, N,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    EVEN_N: tl.constexpr,
+    EVEN_N: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
     tile_m, tile_n = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP)
     first_m = (tile_m * BLOCK_M).to(tl.int64)
@@ -211,17 +224,24 @@ def _linear_w8a16_kernel(
     depth = tl.arange(0, BLOCK_K)
     x_pointers = x + first_m * x_stride + (rows[:, None] * x_stride + depth[None, :])
     w_pointers = weight + first_n * weight_stride + (cols[:, None] * weight_stride + depth[None, :])
-    y = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    # Swapped, the widened weights are the left operand, which the tensor cores take from registers.
+    y = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], dtype=tl.float32)
     for start in range(0, K, BLOCK_K):
         a = load_tile(x_pointers, has_row, depth < K - start, False, K % BLOCK_K == 0)
         w = load_tile(w_pointers, has_col, depth < K - start, EVEN_N, K % BLOCK_K == 0)
         # A code fits bf16 and fp16 exactly; the channel's scale comes after the sum.
         if INTERPRETED:
-            y = tl.dot(a.to(tl.float32), w.to(tl.float32).T, y, input_precision="ieee")
+            a, w = a.to(tl.float32), w.to(tl.float32)
         else:
-            y = tl.dot(a, w.to(x.dtype.element_ty).T, y, input_precision="ieee")
+            w = w.to(x.dtype.element_ty)
+        if SWAP:
+            y = tl.dot(w, a.T, y, input_precision="ieee")
+        else:
+            y = tl.dot(a, w.T, y, input_precision="ieee")
         x_pointers += BLOCK_K
         w_pointers += BLOCK_K
+    if SWAP:
+        y = y.T
     y *= tl.load(weight_scale + first_n + cols, mask=has_col, other=0.0)[None, :]
     if bias is not None:
         y += tl.load(bias + first_n + cols, mask=has_col, other=0.0).to(tl.float32)[None, :]
@@ -462,6 +482,6 @@ def linear_w8a16_tiles(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Te
     wrap_triton(_linear_w8a16_kernel)[(_count(m, tile.m) * _count(n, tile.n),)](
         rows.data, rows.stride, weight, weight.stride(0), weight_scale, bias, out, m, n,
         K=k, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=GROUP_M,
-        EVEN_N=n % tile.n == 0, num_warps=tile.warps, num_stages=tile.stages,
+        EVEN_N=n % tile.n == 0, SWAP=tile.swap, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
