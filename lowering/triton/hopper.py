@@ -8,10 +8,7 @@ epilogue multiplies them: their product is all that reaches memory.
 
 Outlier columns are one more step of the same ring: 64 columns of bf16 are as many bytes as 128 of int8.
 
-Tiles left over when every program has taken as many as the others are shared out step by step ("stream-K", Osama et
-al., arXiv 2301.03598): all programs get equal runs of their steps. A program whose run ends inside a tile leaves its
-int32 sums in memory, and the one that has the tile's last step adds them up, exact in any order. It waits for programs
-of smaller number only, which started earlier, so that none waits for one that has no multiprocessor yet.
+Where tiles of 256 channels would leave multiprocessors without one, a tile has one half only.
 """
 
 from __future__ import annotations
@@ -39,6 +36,7 @@ _synchronize = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 BLOCK_M, HALF, BLOCK_K, GROUP = 128, 128, 128, 8
 # 4 stages of 48 KB and 32 KB to stage the result fill an H100's 227 KB.
 BUFFERS = 4
+NARROW_BUFFERS = 6  # of 32 KB
 OUTLIERS = BLOCK_K // 2  # 16-bit columns that one step holds
 WARPS = 8
 NO_ACTIVATION = -1
@@ -55,41 +53,16 @@ def _position(tile, tiles_m, tiles_n, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def _run(split, per_tile):
-    """The steps `[first, end)` of this program among those of the first `split` tiles."""
-    steps = split * per_tile
-    return gl.program_id(0) * steps // gl.num_programs(0), (gl.program_id(0) + 1) * steps // gl.num_programs(0)
-
-
-@gluon.jit
-def _step(step, split, first, end, per_tile: gl.constexpr, STREAM: gl.constexpr):
-    """Tile and depth of this program's `step`. Of a shared tile it starts first, that it does not finish: so that
-    whoever finishes it finds the sums there."""
-    done = step
-    tile = gl.program_id(0) + (step // per_tile) * gl.num_programs(0)
-    k = step % per_tile
-    if STREAM:
-        head = end - gl.maximum(end - 1, 0) // per_tile * per_tile  # steps in the run's last tile
-        head = gl.minimum(head, end - first)
-        done = step - (end - first)
-        own = split + gl.program_id(0) + (done // per_tile) * gl.num_programs(0)
-        at = gl.where(step < head, end - head + step, first + step - head)
-        tile = gl.where(done < 0, at // per_tile, own)
-        k = gl.where(done < 0, at % per_tile, done % per_tile)
-    return tile, k
-
-
-@gluon.jit
 def _issue(
-    step, steps, split, first, end, a, w, o, ow, a_ring, w0_ring, w1_ring, full, tiles_m, tiles_n,
+    step, steps, a, w, o, ow, a_ring, w0_ring, w1_ring, full, tiles_m, tiles_n,
     K_STEPS: gl.constexpr, R: gl.constexpr, NEXT: gl.constexpr, SECOND: gl.constexpr, BUFFERS: gl.constexpr,
-    BLOCK_M: gl.constexpr, HALF: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr, STREAM: gl.constexpr,
+    BLOCK_M: gl.constexpr, HALF: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     """Start the loads of one step of this program, if there is such a step."""
     per_tile: gl.constexpr = K_STEPS + (1 if R > 0 else 0)
-    tile, k = _step(step, split, first, end, per_tile, STREAM)
-    tile_m, tile_n = _position(tile, tiles_m, tiles_n, GROUP)
-    m, n = tile_m * BLOCK_M, tile_n * NEXT
+    tile_m, tile_n = _position(gl.program_id(0) + (step // per_tile) * gl.num_programs(0), tiles_m, tiles_n, GROUP)
+    m, n, k = tile_m * BLOCK_M, tile_n * NEXT, step % per_tile
+    halves: gl.constexpr = 2 if WIDE else 1
     slot = step % BUFFERS
     bar = full.index(slot)
     if R > 0:
@@ -98,51 +71,24 @@ def _issue(
         kind: gl.constexpr = o.dtype
         wide: gl.constexpr = o.layout
         depth: gl.constexpr = o.block_type.shape[1]
-        mbarrier.expect(bar, (BLOCK_M + 2 * HALF) * depth * 2, pred=outer)
+        mbarrier.expect(bar, (BLOCK_M + halves * HALF) * depth * 2, pred=outer)
         tma.async_copy_global_to_shared(
             o, [m, 0], bar, a_ring.index(slot)._reinterpret(kind, [BLOCK_M, depth], wide), pred=outer
         )
         tma.async_copy_global_to_shared(
             ow, [n, 0], bar, w0_ring.index(slot)._reinterpret(kind, [HALF, depth], wide), pred=outer
         )
-        tma.async_copy_global_to_shared(
-            ow, [n + SECOND, 0], bar, w1_ring.index(slot)._reinterpret(kind, [HALF, depth], wide), pred=outer
-        )
+        if WIDE:
+            tma.async_copy_global_to_shared(
+                ow, [n + SECOND, 0], bar, w1_ring.index(slot)._reinterpret(kind, [HALF, depth], wide), pred=outer
+            )
     else:
         inner = step < steps
-    mbarrier.expect(bar, (BLOCK_M + 2 * HALF) * BLOCK_K, pred=inner)
+    mbarrier.expect(bar, (BLOCK_M + halves * HALF) * BLOCK_K, pred=inner)
     tma.async_copy_global_to_shared(a, [m, k * BLOCK_K], bar, a_ring.index(slot), pred=inner)
     tma.async_copy_global_to_shared(w, [n, k * BLOCK_K], bar, w0_ring.index(slot), pred=inner)
-    tma.async_copy_global_to_shared(w, [n + SECOND, k * BLOCK_K], bar, w1_ring.index(slot), pred=inner)
-
-
-@gluon.jit
-def _leave(sums, count, left, right, BLOCK_M: gl.constexpr, HALF: gl.constexpr, ACC: gl.constexpr):
-    """Store this program's part of a tile's sums, then say so."""
-    at = sums + gl.program_id(0) * (2 * BLOCK_M * HALF) + _offsets(BLOCK_M, HALF, ACC)
-    gl.store(at, left)
-    gl.store(at + BLOCK_M * HALF, right)
-    _synchronize()
-    gl.atomic_xchg(count + gl.program_id(0), 1, sem="release")
-
-
-@gluon.jit
-def _collect(sums, count, of, left, right, BLOCK_M: gl.constexpr, HALF: gl.constexpr, ACC: gl.constexpr):
-    """Add what program `of` left, waiting for it."""
-    there = gl.atomic_add(count + of, 0, sem="acquire")
-    while there == 0:
-        there = gl.atomic_add(count + of, 0, sem="acquire")
-    _synchronize()
-    at = sums + of * (2 * BLOCK_M * HALF) + _offsets(BLOCK_M, HALF, ACC)
-    left += gl.load(at, cache_modifier=".cg")
-    right += gl.load(at + BLOCK_M * HALF, cache_modifier=".cg")
-    return left, right
-
-
-@gluon.jit
-def _offsets(BLOCK_M: gl.constexpr, HALF: gl.constexpr, ACC: gl.constexpr):
-    rows = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, ACC))
-    return rows[:, None] * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(0, ACC))[None, :]
+    if WIDE:
+        tma.async_copy_global_to_shared(w, [n + SECOND, k * BLOCK_K], bar, w1_ring.index(slot), pred=inner)
 
 
 @gluon.jit
@@ -205,7 +151,7 @@ def _write(
     left, right, o, ow0, ow1, c, staging, scale, scale_stride, zero_point, zero_point_stride,
     weight_scale, weight_sum, bias, M, rows, m, n,
     R: gl.constexpr, CODES: gl.constexpr, ACT: gl.constexpr, SECOND: gl.constexpr,
-    BLOCK_M: gl.constexpr, HALF: gl.constexpr, OUT: gl.constexpr,
+    BLOCK_M: gl.constexpr, HALF: gl.constexpr, OUT: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     """Finish and store a tile, or the gated product of its halves."""
     at = m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, OUT))
@@ -218,11 +164,12 @@ def _write(
     )  # fmt: skip
     if ACT < 0:
         _store(c, staging, y.to(c.dtype), m, n)
-        y = _finished(
-            right, token, zero, zero_point, weight_scale, weight_sum, bias, n + SECOND, rows, o, ow1,
-            R, CODES, HALF, OUT,
-        )  # fmt: skip
-        _store(c, staging, y.to(c.dtype), m, n + SECOND)
+        if WIDE:
+            y = _finished(
+                right, token, zero, zero_point, weight_scale, weight_sum, bias, n + SECOND, rows, o, ow1,
+                R, CODES, HALF, OUT,
+            )  # fmt: skip
+            _store(c, staging, y.to(c.dtype), m, n + SECOND)
     else:
         # Rounded after every step, as eager PyTorch does.
         gate = _activation(y.to(c.dtype).to(gl.float32), ACT).to(c.dtype)
@@ -236,25 +183,23 @@ def _write(
 @gluon.jit
 def _linear_w8a8_wgmma(
     a, w, o, ow, c, scale, scale_stride, zero_point, zero_point_stride, weight_scale, weight_sum, bias,
-    sums, count, split, M, N, rows,
+    M, N, rows,
     K: gl.constexpr, R: gl.constexpr, CODES: gl.constexpr, ACT: gl.constexpr,
     NEXT: gl.constexpr, SECOND: gl.constexpr, BUFFERS: gl.constexpr,
-    BLOCK_M: gl.constexpr, HALF: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr,
+    BLOCK_M: gl.constexpr, HALF: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
-    """`N` columns of the result, `rows` of the weight. Tiles start `NEXT` columns apart, the halves `SECOND` rows.
-
-    With `sums` the first `split` tiles are shared out step by step.
-    """
+    """`N` columns of the result, `rows` of the weight. Tiles start `NEXT` columns apart, the halves `SECOND` rows."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, HALF, 32]
     )
     OUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, HALF, 16]
     )
-    STREAM: gl.constexpr = sums is not None
     a_ring = gl.allocate_shared_memory(gl.int8, [BUFFERS, BLOCK_M, BLOCK_K], a.layout)
     w0_ring = gl.allocate_shared_memory(gl.int8, [BUFFERS, HALF, BLOCK_K], w.layout)
-    w1_ring = gl.allocate_shared_memory(gl.int8, [BUFFERS, HALF, BLOCK_K], w.layout)
+    w1_ring = w0_ring
+    if WIDE:
+        w1_ring = gl.allocate_shared_memory(gl.int8, [BUFFERS, HALF, BLOCK_K], w.layout)
     staging = gl.allocate_shared_memory(c.dtype, [BLOCK_M, HALF], c.layout)
     full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(BUFFERS):
@@ -263,79 +208,62 @@ def _linear_w8a8_wgmma(
     tiles_n = gl.cdiv(N, NEXT)
     K_STEPS: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     per_tile: gl.constexpr = K_STEPS + (1 if R > 0 else 0)
-    first, end = _run(split, per_tile)
-    tiles = gl.cdiv(tiles_m * tiles_n - split - gl.program_id(0), gl.num_programs(0))
-    steps = end - first + gl.maximum(tiles, 0) * per_tile
+    steps = gl.cdiv(tiles_m * tiles_n - gl.program_id(0), gl.num_programs(0)) * per_tile
     for i in gl.static_range(BUFFERS - 1):
         _issue(
-            i, steps, split, first, end, a, w, o, ow, a_ring, w0_ring, w1_ring, full, tiles_m, tiles_n,
-            K_STEPS, R, NEXT, SECOND, BUFFERS, BLOCK_M, HALF, BLOCK_K, GROUP, STREAM,
+            i, steps, a, w, o, ow, a_ring, w0_ring, w1_ring, full, tiles_m, tiles_n,
+            K_STEPS, R, NEXT, SECOND, BUFFERS, BLOCK_M, HALF, BLOCK_K, GROUP, WIDE,
         )  # fmt: skip
     step = 0
     while step < steps:
-        tile, begin = _step(step, split, first, end, per_tile, STREAM)
+        tile = gl.program_id(0) + (step // per_tile) * gl.num_programs(0)
         tile_m, tile_n = _position(tile, tiles_m, tiles_n, GROUP)
         m, n = tile_m * BLOCK_M, tile_n * NEXT
-        inner = K_STEPS
-        last_step = True
-        if STREAM:
-            # The run ends before the tile does.
-            last_step = (step >= end - first) | (end >= (tile + 1) * per_tile)
-            inner = gl.where(last_step, K_STEPS, gl.minimum(end - tile * per_tile, K_STEPS)) - begin
         left = gl.zeros([BLOCK_M, HALF], gl.int32, ACC)
         right = gl.zeros([BLOCK_M, HALF], gl.int32, ACC)
-        for _ in range(inner):
+        for _ in range(K_STEPS):
             slot = step % BUFFERS
             mbarrier.wait(full.index(slot), (step // BUFFERS) & 1)
             left = warpgroup_mma(a_ring.index(slot), w0_ring.index(slot).permute((1, 0)), left, is_async=True)
-            right = warpgroup_mma(a_ring.index(slot), w1_ring.index(slot).permute((1, 0)), right, is_async=True)
-            # What still runs are the two products just issued: the buffer of the step before is free.
-            left, right = warpgroup_mma_wait(num_outstanding=2, deps=(left, right))
+            # What still runs is what was just issued: the buffer of the step before is free.
+            if WIDE:
+                right = warpgroup_mma(a_ring.index(slot), w1_ring.index(slot).permute((1, 0)), right, is_async=True)
+                left, right = warpgroup_mma_wait(num_outstanding=2, deps=(left, right))
+            else:
+                left = warpgroup_mma_wait(num_outstanding=1, deps=(left,))
             _synchronize()
             _issue(
-                step + BUFFERS - 1, steps, split, first, end, a, w, o, ow, a_ring, w0_ring, w1_ring, full,
-                tiles_m, tiles_n, K_STEPS, R, NEXT, SECOND, BUFFERS, BLOCK_M, HALF, BLOCK_K, GROUP, STREAM,
+                step + BUFFERS - 1, steps, a, w, o, ow, a_ring, w0_ring, w1_ring, full,
+                tiles_m, tiles_n, K_STEPS, R, NEXT, SECOND, BUFFERS, BLOCK_M, HALF, BLOCK_K, GROUP, WIDE,
             )  # fmt: skip
             step += 1
-        left, right = warpgroup_mma_wait(num_outstanding=0, deps=(left, right))
+        if WIDE:
+            left, right = warpgroup_mma_wait(num_outstanding=0, deps=(left, right))
+        else:
+            left = warpgroup_mma_wait(num_outstanding=0, deps=(left,))
         last = step % BUFFERS
         o_tile = a_ring.index(last)
         ow0 = w0_ring.index(last)
         ow1 = w1_ring.index(last)
-        if STREAM:
-            if not last_step:
-                _leave(sums, count, left, right, BLOCK_M, HALF, ACC)
-            else:
-                for of in range(_starter(begin, tile, split, per_tile), gl.program_id(0)):
-                    left, right = _collect(sums, count, of, left, right, BLOCK_M, HALF, ACC)
         if R > 0:
-            if last_step:
-                _synchronize()
-                _issue(
-                    step + BUFFERS - 1, steps, split, first, end, a, w, o, ow, a_ring, w0_ring, w1_ring, full,
-                    tiles_m, tiles_n, K_STEPS, R, NEXT, SECOND, BUFFERS, BLOCK_M, HALF, BLOCK_K, GROUP, STREAM,
-                )  # fmt: skip
-                mbarrier.wait(full.index(last), (step // BUFFERS) & 1)
-                step += 1
+            _synchronize()
+            _issue(
+                step + BUFFERS - 1, steps, a, w, o, ow, a_ring, w0_ring, w1_ring, full, tiles_m, tiles_n,
+                K_STEPS, R, NEXT, SECOND, BUFFERS, BLOCK_M, HALF, BLOCK_K, GROUP, WIDE,
+            )  # fmt: skip
+            mbarrier.wait(full.index(last), (step // BUFFERS) & 1)
+            step += 1
             kind: gl.constexpr = o.dtype
             wide: gl.constexpr = o.layout
             depth: gl.constexpr = o.block_type.shape[1]
             o_tile = o_tile._reinterpret(kind, [BLOCK_M, depth], wide)
             ow0 = ow0._reinterpret(kind, [HALF, depth], wide)
             ow1 = ow1._reinterpret(kind, [HALF, depth], wide)
-        if last_step:
-            _write(
-                left, right, o_tile, ow0, ow1, c, staging, scale, scale_stride, zero_point, zero_point_stride,
-                weight_scale, weight_sum, bias, M, rows, m, n, R, CODES, ACT, SECOND, BLOCK_M, HALF, OUT,
-            )  # fmt: skip
+        _write(
+            left, right, o_tile, ow0, ow1, c, staging, scale, scale_stride, zero_point, zero_point_stride,
+            weight_scale, weight_sum, bias, M, rows, m, n, R, CODES, ACT, SECOND, BLOCK_M, HALF, OUT, WIDE,
+        )  # fmt: skip
     tma.store_wait(0)
-
-
-@gluon.jit
-def _starter(begin, tile, split, per_tile: gl.constexpr):
-    """The program that has the first step of a shared tile begun elsewhere; this one where it has it itself."""
-    at = ((tile * per_tile + 1) * gl.num_programs(0) - 1) // gl.maximum(split * per_tile, 1)
-    return gl.where(begin > 0, at, gl.program_id(0))
 
 
 def layout(rows: int, width: int, dtype: torch.dtype) -> Any:
@@ -406,17 +334,11 @@ def _aligned(matrix: Tensor) -> Tensor:
     return matrix if aligned and matrix.stride(1) == 1 else matrix.clone(memory_format=torch.contiguous_format)
 
 
-# Steps that sharing must save: what it takes to store sums, wait for them and add them up.
-SHARING = 6
-
-
-def shared_tiles(tiles: int, steps: int, multiprocessors: int) -> tuple[int, int]:
-    """Programs for `tiles` of `steps` each, and how many tiles they share out step by step."""
-    rest = tiles % multiprocessors
-    saved = steps - -(-rest * steps // multiprocessors) if rest else 0
-    if saved < SHARING:
-        return min(tiles, multiprocessors), 0
-    return multiprocessors, rest
+def is_wide(m: int, n: int, multiprocessors: int) -> bool:
+    """Whether a product takes tiles of both halves: unless there are fewer of them than multiprocessors, and no more
+    narrow ones than those either."""
+    tall = -(-m // BLOCK_M)
+    return not (tall * -(-n // (2 * HALF)) < tall * -(-n // HALF) <= multiprocessors)
 
 
 def _launch(
@@ -428,13 +350,12 @@ def _launch(
     m, k = codes.shape
     n = out.shape[1]
     gated = act != NO_ACTIVATION
-    step, second = (HALF, n) if gated else (2 * HALF, HALF)
+    multiprocessors = torch.cuda.get_device_properties(codes.device).multi_processor_count
+    wide = gated or is_wide(m, n, multiprocessors)
+    step, second = (HALF, n) if gated or not wide else (2 * HALF, HALF)
     r = 0 if outliers is None else outliers.shape[1]
     tiles = -(-m // BLOCK_M) * -(-n // step)
-    multiprocessors = torch.cuda.get_device_properties(codes.device).multi_processor_count
-    programs, split = shared_tiles(tiles, -(-k // BLOCK_K) + (r > 0), multiprocessors)
-    sums = torch.empty((programs, 2, BLOCK_M, HALF), dtype=torch.int32, device=codes.device) if split else None
-    count = torch.zeros(programs, dtype=torch.int32, device=codes.device) if split else None
+    programs = min(tiles, multiprocessors)
     a, w = descriptor(codes, BLOCK_M, BLOCK_K), descriptor(weight, HALF, BLOCK_K)
     o = ow = None
     if r:
@@ -445,6 +366,7 @@ def _launch(
     _linear_w8a8_wgmma[(programs,)](
         a, w, o, ow, descriptor(out, BLOCK_M, HALF), scale, scale.stride(0),
         zero_point, 0 if zero_point is None else zero_point.stride(0), weight_scale, weight_sum, bias,
-        sums, count, split, m, n, weight.shape[0], K=k, R=r, CODES=code_columns, ACT=act, NEXT=step, SECOND=second,
-        BUFFERS=BUFFERS, BLOCK_M=BLOCK_M, HALF=HALF, BLOCK_K=BLOCK_K, GROUP=GROUP, num_warps=WARPS,
+        m, n, weight.shape[0], K=k, R=r, CODES=code_columns, ACT=act, NEXT=step, SECOND=second,
+        BUFFERS=BUFFERS if wide else NARROW_BUFFERS, BLOCK_M=BLOCK_M, HALF=HALF, BLOCK_K=BLOCK_K, GROUP=GROUP,
+        WIDE=wide, num_warps=WARPS,
     )  # fmt: skip
