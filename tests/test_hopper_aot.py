@@ -42,7 +42,8 @@ def compiled(k: int, r: int, code_columns: bool, affine: bool, act: int, wide: b
     gated = act >= 0
     constants: dict[str, Any] = {
         "K": k, "R": r, "CODES": code_columns, "ACT": act, "NEXT": half if gated or not wide else 2 * half,
-        "SECOND": 14336 if gated else half, "BUFFERS": hopper.BUFFERS if wide else hopper.NARROW_BUFFERS, "WIDE": wide, "BLOCK_M": side, "HALF": half,
+        "SECOND": 14336 if gated else half, "BUFFERS": hopper.BUFFERS if wide else hopper.NARROW_BUFFERS, "WIDE": wide,
+        "BLOCK_M": side, "HALF": half,
         "BLOCK_K": depth, "GROUP": hopper.GROUP,
     }  # fmt: skip
     kernel = hopper._linear_w8a8_wgmma

@@ -41,7 +41,7 @@ from lowering.triton import linear  # noqa: E402
 SM90 = GPUTarget("cuda", 90, 32)
 META = torch.device("meta")
 BF16, F32, F16, I8, I32 = torch.bfloat16, torch.float32, torch.float16, torch.int8, torch.int32
-WRAPPERS = ("act", "linear", "norm", "quantize")
+WRAPPERS = ("act", "columns", "linear", "norm", "quantize")
 POINTER = {
     F32: "*fp32", BF16: "*bf16", F16: "*fp16", I8: "*i8", torch.int16: "*i16", I32: "*i32", torch.int64: "*i64",
     torch.bool: "*i1",
@@ -253,18 +253,19 @@ def test_a_row_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert global_reads(code) == 6  # x, residual and gamma
 
 
-def test_column_absmax(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+def test_column_absmax(monkeypatch: pytest.MonkeyPatch, threshold: float) -> None:
     from lowering.triton import quantize
 
-    few = launches(monkeypatch, quantize.split_quantize_rows_dynamic, empty(64, 4096), 64, 6.0, True)
-    assert [launch.kernel.__name__ for launch in few] == ["_column_absmax_kernel", "_quantize_rows_kernel"]
-    code = compile_for_sm90(few[0])
-    assert code.stack == 0
-    assert re.search(r"(red|atom)\.global\S*\.max\.s32", code.ptx)
-    assert compile_for_sm90(few[1]).stack == 0
-    many = launches(monkeypatch, quantize.split_quantize_rows_dynamic, empty(512, 4096), 64, 6.0, True)
-    assert many[1].kernel.__name__ == "_choose_columns_kernel"
-    assert compile_for_sm90(many[1]).stack == 0
+    passes = launches(monkeypatch, quantize.split_quantize_rows_dynamic, empty(64, 14336), 64, threshold, True)
+    assert [launch.kernel.__name__ for launch in passes] == [
+        "_column_absmax_kernel", "_choose_columns_kernel", "_quantize_rows_kernel"
+    ]  # fmt: skip
+    codes = [compile_for_sm90(launch) for launch in passes]
+    assert all(code.stack == 0 for code in codes)
+    assert re.search(r"(red|atom)\.global\S*\.max\.s32", codes[0].ptx)
+    # Only under a threshold is there a list, and a count of it.
+    assert bool(re.search(r"atom\.global\S*\.add\.", codes[0].ptx)) == (threshold > 0.0)
 
 
 def test_dynamic_prologues(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,10 +347,10 @@ def test_traces_with_symbolic_rows(op: Op) -> None:
         return
     assert kernels
     results = {
-        "absmax", "extent", "out", "hidden", "codes", "scale", "zero_point", "outliers", "slots", "columns", "overflow",
+        "bits", "extent", "out", "hidden", "codes", "scale", "zero_point", "outliers", "marks", "columns", "overflow",
     }  # fmt: skip
     for node in kernels:
-        one_program = "slots" in node.kwargs["tensors_to_clone"]  # the choice of columns, whatever the rows
+        one_program = "marks" in node.kwargs["tensors_to_clone"]  # the choice of columns, whatever the rows
         assert one_program or isinstance(node.kwargs["grid"][0][0], torch.fx.Node), "the grid was specialized"
         written = set(node.kwargs["tensors_to_clone"])
         inputs = {name for name, value in node.kwargs["kwargs"].items() if isinstance(value, torch.fx.Node)}

@@ -14,7 +14,6 @@ from lowering.triton.columns import (
     SEARCH_ROWS,
     Split,
     bits_of,
-    choose_last,
     inliers,
     outlier_columns,
     programs,
@@ -98,9 +97,9 @@ def _act_mul_quantize_kernel(
 
 @triton.jit
 def _product_absmax_kernel(
-    gate, gate_stride, up, up_stride, bits, marks, columns, overflow, floor, M,
-    K: tl.constexpr, R: tl.constexpr, LOW: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_R: tl.constexpr, ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+    gate, gate_stride, up, up_stride, bits, columns, floor, M,
+    K: tl.constexpr, R: tl.constexpr, THRESHOLD: tl.constexpr, ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Column absmax of the product (see `lowering.triton.columns`)."""
     cols = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -111,8 +110,7 @@ def _product_absmax_kernel(
         mask = (rows < M) & (cols < K)[None, :]
         y = product(gate + rows * gate_stride, up + rows * up_stride, cols[None, :], mask, ACT)
         best = tl.maximum(best, bits_of(y))
-    raise_absmax(bits, tl.max(best, 0), cols, K, floor)
-    choose_last(bits, marks, columns, overflow, floor, K, R, LOW, THRESHOLD, BLOCK, BLOCK_R)
+    raise_absmax(bits, columns, tl.max(best, 0), cols, floor, K, R, THRESHOLD)
 
 
 def _fits(gate: Tensor, up: Tensor, act: str, *rest: object) -> bool | str:
@@ -154,7 +152,7 @@ def act_mul_quantize_rows(
 def act_mul_quantize_rows_dynamic(
     gate: Tensor, up: Tensor, act: str, capacity: int, threshold: float, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Column absmax of the product and choice of columns in one launch, then `act_mul_quantize_rows`."""
+    """Column absmax of the product, choice of columns, then `act_mul_quantize_rows`."""
     if gate.shape != up.shape:
         gate, up = torch.broadcast_tensors(gate, up)
     gates, ups = as_rows(gate), as_rows(up)
@@ -164,8 +162,7 @@ def act_mul_quantize_rows_dynamic(
     group = search_rows(m, blocks, SEARCH_ROWS)
     wrap_triton(_product_absmax_kernel)[(programs(m, group), blocks)](
         gates.data, gates.stride, ups.data, ups.stride, *found.arguments(), m,
-        K=k, BLOCK=triton.next_power_of_2(k), ACT=CODE[act], BLOCK_M=SEARCH_ROWS, BLOCK_K=SEARCH_COLUMNS,
-        ROWS=group, **found.constants(),
+        ACT=CODE[act], BLOCK_M=SEARCH_ROWS, BLOCK_K=SEARCH_COLUMNS, ROWS=group, num_warps=4, **found.constants(),
     )  # fmt: skip
     split, columns, overflow = found.result()
     return (*_act_mul_quantize(gate, up, act, split, symmetric), columns, overflow)

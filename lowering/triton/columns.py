@@ -1,8 +1,9 @@
 """Outlier columns of a call: the absmax of every channel, and the choice of the largest, without asking the host.
 
-Both happen in one launch. Every program joins the maxima of its rows by integer atomics; the one that finishes last
-sees all of them and chooses. Channels that cannot be outliers (at most the threshold of LLM.int8()) take no atomic at
-all, and where no more exceed it than there are places, nothing is searched.
+The programs of a search join the maxima of their rows by integer atomics. Under a threshold (LLM.int8()) channels that
+cannot be outliers take no atomic at all, and whoever first raises a channel above it writes it to a list: where the
+list fits the places, which is the usual case, there is nothing left to search. A small kernel then sorts the list, or
+finds the largest of all.
 
 The choice reaches the row kernels as marks, one byte per channel, so that a row in registers leaves outliers out
 without reading anything twice; and as a list of columns, which are gathered.
@@ -20,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowering.registry import Prepack
-from lowering.triton.launch import MAX_BLOCK, expected_rows, rounded
+from lowering.triton.launch import MAX_BLOCK, expected_rows, rounded, wrap_triton
 
 NAN_ABOVE = tl.constexpr(0x7F800000)  # bits of infinity: those of |NaN| are larger
 
@@ -32,10 +33,18 @@ def bits_of(y):
 
 
 @triton.jit
-def raise_absmax(bits, best, cols, K, floor):
-    """Join the maxima of this program, exact in any order; no atomic where one would change nothing."""
-    now = tl.load(bits + cols, mask=cols < K, other=0, cache_modifier=".cg")
-    tl.atomic_max(bits + cols, best, mask=(cols < K) & (best > tl.maximum(now, floor)), sem="relaxed")
+def raise_absmax(bits, columns, best, cols, floor, K: tl.constexpr, R: tl.constexpr, THRESHOLD: tl.constexpr):
+    """Join the maxima of this program, exact in any order; no atomic where one would change nothing.
+
+    Under a threshold `bits[K]` counts the channels above it, and the first `R` to come are listed.
+    """
+    high = (cols < K) & (best > floor)
+    high &= best > tl.load(bits + cols, mask=high, other=0, cache_modifier=".cg")
+    before = tl.atomic_max(bits + cols, best, mask=high, sem="relaxed")
+    if THRESHOLD:
+        new = high & (before <= floor)
+        place = tl.atomic_add(bits + K + tl.zeros_like(cols), 1, mask=new, sem="relaxed")
+        tl.store(columns + place, cols.to(tl.int64), mask=new & (place < R))
 
 
 @triton.jit
@@ -44,64 +53,84 @@ def _largest(value, R: tl.constexpr, LOW: tl.constexpr):
     least = 0
     for step in tl.static_range(0, 31 - LOW):
         candidate = least | (1 << (30 - step))
-        reached = tl.sum((value >= candidate).to(tl.int32), 0)
+        reached = tl.sum(tl.sum((value >= candidate).to(tl.int32), 1), 0)
         least = tl.where(reached >= R, candidate, least)
     return least
 
 
 @triton.jit
-def _choose(
-    bits, marks, columns, overflow, floor,
-    K: tl.constexpr, R: tl.constexpr, LOW: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+def _list_largest(
+    bits, marks, columns, floor, K: tl.constexpr, R: tl.constexpr, LOW: tl.constexpr, THRESHOLD: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Store marks and columns of the `R` channels of largest absmax above `floor`; of equal ones the first.
-
-    Also stored: how many channels exceed the threshold and found no place.
-    """
-    cols = tl.arange(0, BLOCK)
-    value = tl.load(bits + cols, mask=cols < K, other=-1, cache_modifier=".cg")
-    found = tl.sum((value > floor).to(tl.int32), 0)
-    least = floor
-    if found > R:
-        least = _largest(value, R, LOW)
+    """Mark and list the `R` channels of largest absmax, of equal ones the first. Returns how many above the threshold
+    found no place."""
+    WIDTH: tl.constexpr = 128 if BLOCK > 128 else BLOCK
+    # Running counts along the rows of a matrix stay within a warp; those of one long vector go through shared memory.
+    cols = tl.arange(0, BLOCK // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    value = tl.load(bits + cols, mask=cols < K, other=-1)
+    least = _largest(value, R, LOW)
     above = (value > least).to(tl.int32)
-    equal = ((value == least) & (found > R)).to(tl.int32)
-    places = R - tl.sum(above, 0)
-    # Both running counts in one scan: neither reaches 2^16.
-    counts = tl.cumsum(above | (equal << 16), 0)
+    equal = (value == least).to(tl.int32)
+    both = above | (equal << 16)  # neither count reaches 2^16
+    rows = tl.sum(both, 1)
+    counts = tl.cumsum(both, 1) + (tl.cumsum(rows, 0) - rows)[:, None]
+    places = R - tl.sum(tl.sum(above, 1), 0)
     selected = (above > 0) | ((equal > 0) & ((counts >> 16) <= places))
     place = (counts & 0xFFFF) + tl.minimum(counts >> 16, places) - 1
+    tl.store(columns + place, cols.to(tl.int64), mask=selected)
     taken = selected
     missed = 0
     if THRESHOLD:
-        # NaN is no outlier: it stays, and makes the scale NaN.
         taken = selected & (value <= NAN_ABOVE)
-        missed = tl.sum(((value > floor) & (value <= NAN_ABOVE) & (taken == 0)).to(tl.int32), 0)
+        large = (value > floor) & (value <= NAN_ABOVE)
+        missed = tl.sum(tl.sum((large & (taken == 0)).to(tl.int32), 1), 0)
     tl.store(marks + cols, taken.to(tl.int8), mask=cols < K)
-    chosen = tl.where(taken, cols, -1)
-    tl.store(columns + place, tl.where(taken, cols, 0).to(tl.int64), mask=selected)
-    r = tl.arange(0, BLOCK_R)
-    unused = (r >= tl.sum(selected.to(tl.int32), 0)) & (r < R)
-    tl.store(columns + r, tl.zeros([BLOCK_R], tl.int64), mask=unused)
-    for byte in tl.static_range(3):
-        tl.store(marks + K + byte * R + place, (chosen >> (8 * byte)).to(tl.int8), mask=selected)
-        tl.store(marks + K + byte * R + r, tl.full([BLOCK_R], -1, tl.int8), mask=unused)
-    tl.store(overflow, missed)
+    return missed
 
 
 @triton.jit
-def choose_last(
+def _choose_columns_kernel(
     bits, marks, columns, overflow, floor,
     K: tl.constexpr, R: tl.constexpr, LOW: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """At the end of every program of a search: the last one to come here chooses. `bits[K]` counts them."""
-    if marks is not None:
-        tl.debug_barrier()  # every thread's atomics come before the count
-        done = tl.atomic_add(bits + K, 1, sem="acq_rel")
-        if done == tl.num_programs(0) * tl.num_programs(1) - 1:
-            _choose(bits, marks, columns, overflow, floor, K, R, LOW, THRESHOLD, BLOCK, BLOCK_R)
+    """Marks, columns in ascending order, and the number of channels above the threshold that found no place.
+
+    A place that is not used has column 0, and no column in the marks. NaN is no outlier under a threshold: it
+    stays, and makes the scale NaN.
+    """
+    found = K
+    missed = 0
+    if THRESHOLD:
+        found = tl.load(bits + K)
+    if found <= R:
+        for start in range(0, K, 4096):
+            cols = start + tl.arange(0, BLOCK if BLOCK < 4096 else 4096)
+            value = tl.load(bits + cols, mask=cols < K, other=0)
+            large = (value > floor) & (value <= NAN_ABOVE) if THRESHOLD else value >= 0
+            tl.store(marks + cols, large.to(tl.int8), mask=cols < K)
+        if not THRESHOLD:  # every channel has a place
+            r = tl.arange(0, BLOCK_R)
+            tl.store(columns + r, r.to(tl.int64), mask=r < R)
+    else:
+        missed = _list_largest(bits, marks, columns, floor, K, R, LOW, THRESHOLD, BLOCK)
+    tl.store(overflow, missed)
+    tl.debug_barrier()
+    used = tl.minimum(found, R)
+    r = tl.arange(0, BLOCK_R)
+    listed = tl.load(columns + r, mask=r < used, other=K).to(tl.int32)
+    others = tl.load(columns + r[:, None], mask=(r < used)[:, None], other=K).to(tl.int32)
+    place = tl.sum((others < listed[None, :]).to(tl.int32), 0)
+    place = tl.where(r < used, place, r)
+    taken = r < used
+    if THRESHOLD:
+        taken = taken & (tl.load(bits + listed, mask=taken, other=0) <= NAN_ABOVE)
+    tl.debug_barrier()
+    tl.store(columns + place, tl.where(taken, listed, 0).to(tl.int64), mask=r < R)
+    chosen = tl.where(taken, listed, -1)
+    for byte in tl.static_range(3):
+        tl.store(marks + K + byte * R + place, (chosen >> (8 * byte)).to(tl.int8), mask=r < R)
 
 
 @triton.jit
@@ -184,51 +213,49 @@ def static_split(columns: Tensor | None, width: int) -> Split:
 
 @dataclass(frozen=True)
 class Search:
-    """What a search kernel writes: `bits` of the absmax `[K]` and a count behind them, then the choice."""
+    """What a search kernel writes: `bits` of the absmax `[K]` and a count behind them, and a list of columns."""
 
     bits: Tensor
-    marks: Tensor | None
     columns: Tensor
-    overflow: Tensor
     width: int
     capacity: int
     threshold: float
     low: int
 
+    def floor(self) -> int:
+        """The threshold as the bits of the float it is."""
+        return int(struct.unpack("<i", struct.pack("<f", max(0.0, self.threshold)))[0])
+
     def arguments(self) -> tuple[Any, ...]:
-        """Its run-time arguments. The threshold goes as the bits of the float it is."""
-        floor = struct.unpack("<i", struct.pack("<f", max(0.0, self.threshold)))[0]
-        if self.marks is None:
-            return self.bits, None, None, None, floor
-        return self.bits, self.marks, self.columns, self.overflow, floor
+        """Run-time arguments of a search kernel."""
+        return self.bits, self.columns, self.floor()
 
     def constants(self) -> dict[str, Any]:
-        """Its constants, and the warps that hold all channels at the end."""
-        block = triton.next_power_of_2(self.width)
-        return {
-            "R": self.capacity, "LOW": self.low, "THRESHOLD": self.threshold > 0.0,
-            "BLOCK_R": triton.next_power_of_2(max(1, self.capacity)),
-            "num_warps": max(4, min(16, block // 512)),
-        }  # fmt: skip
+        """Its constants."""
+        return {"K": self.width, "R": self.capacity, "THRESHOLD": self.threshold > 0.0}
 
     def result(self) -> tuple[Split, Tensor, Tensor]:
         """The split, its columns `[R]` (0 where a place is unused), and the overflow `[]`."""
-        if self.marks is not None:
-            return Split(self.capacity, self.marks), self.columns, self.overflow.view(())
-        return _by_topk(self.bits[: self.width].view(torch.float32), self.capacity, self.threshold)
+        if self.width > MAX_BLOCK:
+            return _by_topk(self.bits[: self.width].view(torch.float32), self.capacity, self.threshold)
+        k, r = self.width, self.capacity
+        marks = torch.empty(k + 3 * r, dtype=torch.int8, device=self.bits.device)
+        overflow = torch.empty(1, dtype=torch.int32, device=marks.device)  # of no dimension, Inductor would fill it
+        block = triton.next_power_of_2(k)
+        wrap_triton(_choose_columns_kernel)[(1,)](
+            self.bits, marks, self.columns, overflow, self.floor(),
+            K=k, R=r, LOW=self.low, THRESHOLD=self.threshold > 0.0, BLOCK=block,
+            BLOCK_R=triton.next_power_of_2(r), num_warps=max(1, min(16, block // 256)),
+        )  # fmt: skip
+        return Split(r, marks), self.columns, overflow.view(())
 
 
 def search(width: int, capacity: int, threshold: float, dtype: torch.dtype, device: torch.device) -> Search:
-    """Memory for a search among `width` channels of `dtype` values; too many for one program are left to PyTorch."""
+    """Memory for a search among `width` channels of `dtype` values."""
     r = min(capacity, width)
     low = {torch.bfloat16: 16, torch.float16: 13}.get(dtype, 0)
-    marks = torch.empty(width + 3 * r, dtype=torch.int8, device=device) if width <= MAX_BLOCK else None
-    return Search(
-        torch.zeros(width + 1, dtype=torch.int32, device=device), marks,
-        torch.empty(r, dtype=torch.int64, device=device),
-        torch.empty(1, dtype=torch.int32, device=device),  # of no dimension, Inductor would fill it
-        width, r, threshold, low,
-    )  # fmt: skip
+    bits = torch.zeros(width + 1, dtype=torch.int32, device=device)
+    return Search(bits, torch.empty(r, dtype=torch.int64, device=device), width, r, threshold, low)
 
 
 def _by_topk(absmax: Tensor, r: int, threshold: float) -> tuple[Split, Tensor, Tensor]:

@@ -25,7 +25,6 @@ from lowering.triton.columns import (
     ROW_PROGRAMS_THRESHOLD,
     Split,
     bits_of,
-    choose_last,
     inliers,
     outlier_columns,
     programs,
@@ -160,9 +159,9 @@ def _norm_quantize_kernel(
 
 @triton.jit
 def _norm_absmax_kernel(
-    x, x_stride, residual, residual_stride, weight, bias, hidden, bits, marks, columns, overflow, floor, eps, offset, M,
-    K: tl.constexpr, R: tl.constexpr, LOW: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_R: tl.constexpr, LAYER: tl.constexpr, ROUND_FIRST: tl.constexpr, ROWS: tl.constexpr,
+    x, x_stride, residual, residual_stride, weight, bias, hidden, bits, columns, floor, eps, offset, M,
+    K: tl.constexpr, R: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK: tl.constexpr,
+    LAYER: tl.constexpr, ROUND_FIRST: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The residual sum of `ROWS` rows, stored, and the column absmax of their norm (see `lowering.triton.columns`).
 
@@ -186,8 +185,7 @@ def _norm_absmax_kernel(
         if residual is not None:
             h = load_hidden(at, other, hidden, cols, cols < K)
             tl.store(hidden + row * K + cols, rounded(h, hidden.dtype.element_ty), mask=cols < K)
-    raise_absmax(bits, best, cols, K, floor)
-    choose_last(bits, marks, columns, overflow, floor, K, R, LOW, THRESHOLD, BLOCK, BLOCK_R)
+    raise_absmax(bits, columns, best, cols, floor, K, R, THRESHOLD)
 
 
 def _norm_dtype(x: torch.dtype, weight: Tensor | None, round_first: bool) -> torch.dtype:
@@ -243,19 +241,19 @@ def _norm_quantize_dynamic(
     threshold: float,
     symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Two passes over the rows; the first ends with the choice of columns."""
+    """Two passes over the rows with the choice of columns between them."""
     dtype = _hidden_dtype(x, residual)
     rows, added = as_rows(x), None if residual is None else as_rows(residual)
     m, k, round_first = rows.count, rows.width, mode == "rms_round_first"
     hidden = x if residual is None else torch.empty(x.shape, dtype=dtype, device=x.device)
     found = search(k, capacity, threshold, _norm_dtype(dtype, weight, round_first), x.device)
+    block, warps = row_block(k)
     group = search_rows(m, 1, 1, ROW_PROGRAMS_THRESHOLD if threshold > 0.0 else ROW_PROGRAMS)
     wrap_triton(_norm_absmax_kernel)[(programs(m, group),)](
         rows.data, rows.stride, None if added is None else added.data, 0 if added is None else added.stride,
         None if weight is None else weight.contiguous(), None if bias is None else bias.contiguous(),
         None if residual is None else hidden, *found.arguments(), eps, offset, m,
-        K=k, BLOCK=triton.next_power_of_2(k), LAYER=mode == "layer", ROUND_FIRST=round_first, ROWS=group,
-        **found.constants(),
+        BLOCK=block, LAYER=mode == "layer", ROUND_FIRST=round_first, ROWS=group, num_warps=warps, **found.constants(),
     )  # fmt: skip
     split, columns, overflow = found.result()
     rest = _norm_quantize(hidden, None, weight, bias, eps, offset, mode, split, symmetric)[1:]

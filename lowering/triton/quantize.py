@@ -32,7 +32,6 @@ from lowering.triton.columns import (
     SEARCH_ROWS,
     Split,
     bits_of,
-    choose_last,
     inliers,
     outlier_columns,
     programs,
@@ -124,9 +123,9 @@ def _quantize_rows_kernel(
 
 @triton.jit
 def _column_absmax_kernel(
-    x, x_stride, bits, marks, columns, overflow, floor, M,
-    K: tl.constexpr, R: tl.constexpr, LOW: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+    x, x_stride, bits, columns, floor, M,
+    K: tl.constexpr, R: tl.constexpr, THRESHOLD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Column absmax (see `lowering.triton.columns`), a block of columns and `ROWS` rows to a program."""
     cols = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -137,8 +136,7 @@ def _column_absmax_kernel(
         mask = (rows < M)[:, None] & (cols < K)[None, :]
         y = tl.load(x + rows[:, None] * x_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         best = tl.maximum(best, bits_of(y))
-    raise_absmax(bits, tl.max(best, 0), cols, K, floor)
-    choose_last(bits, marks, columns, overflow, floor, K, R, LOW, THRESHOLD, BLOCK, BLOCK_R)
+    raise_absmax(bits, columns, tl.max(best, 0), cols, floor, K, R, THRESHOLD)
 
 
 def row_outputs(like: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,7 +186,7 @@ def split_quantize_rows(x: Tensor, columns: Tensor, symmetric: bool) -> tuple[Te
 def split_quantize_rows_dynamic(
     x: Tensor, capacity: int, threshold: float, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Column absmax and choice in one launch, quantization in another: no host synchronisation."""
+    """Column absmax, choice, quantization in three launches: no host synchronisation."""
     rows = as_rows(x)
     m, k = rows.count, rows.width
     found = search(k, capacity, threshold, x.dtype, x.device)
@@ -196,8 +194,7 @@ def split_quantize_rows_dynamic(
     group = search_rows(m, blocks, SEARCH_ROWS)
     wrap_triton(_column_absmax_kernel)[(programs(m, group), blocks)](
         rows.data, rows.stride, *found.arguments(), m,
-        K=k, BLOCK=triton.next_power_of_2(k), BLOCK_M=SEARCH_ROWS, BLOCK_K=SEARCH_COLUMNS, ROWS=group,
-        **found.constants(),
+        BLOCK_M=SEARCH_ROWS, BLOCK_K=SEARCH_COLUMNS, ROWS=group, num_warps=4, **found.constants(),
     )  # fmt: skip
     split, columns, overflow = found.result()
     return (*_quantize(x, rows, split, symmetric), columns, overflow)
