@@ -1,6 +1,7 @@
 """Every Triton implementation on a few small samples, for NVIDIA's compute-sanitizer.
 
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 python -m benchmarks.gpu_sanitize
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    compute-sanitizer --tool memcheck --error-exitcode 9 python -m benchmarks.gpu_sanitize
 
 Without caching every tensor is an allocation of its own, so that an access beyond it is seen. Samples of odd sizes, and
 for the persistent kernel one that fills it and is ragged in every dimension.

@@ -1,9 +1,8 @@
 """Outlier columns of a call: the absmax of every channel, and the choice of the largest, without asking the host.
 
 The programs of a search join the maxima of their rows by integer atomics. Under a threshold (LLM.int8()) channels that
-cannot be outliers take no atomic at all, and whoever first raises a channel above it writes it to a list: where the
-list fits the places, which is the usual case, there is nothing left to search. A small kernel then sorts the list, or
-finds the largest of all.
+cannot be outliers take no atomic at all, and those above it are counted: where there is a place for all of them, which
+is the usual case, a small kernel lists them, and else finds the largest.
 
 The choice reaches the row kernels as marks, one byte per channel, so that a row in registers leaves outliers out
 without reading anything twice; and as a list of columns, which are gathered.
@@ -33,29 +32,28 @@ def bits_of(y):
 
 
 @triton.jit
-def raise_absmax(bits, columns, best, cols, floor, K: tl.constexpr, R: tl.constexpr, THRESHOLD: tl.constexpr):
+def raise_absmax(bits, best, cols, floor, K: tl.constexpr, THRESHOLD: tl.constexpr):
     """Join the maxima of this program, exact in any order; no atomic where one would change nothing.
 
-    Under a threshold `bits[K]` counts the channels above it, and the first `R` to come are listed.
+    Under a threshold `bits[K]` counts the channels above it. No address here may depend on an atomic's result: to
+    torch's analysis of what a kernel writes to, all that went into it would be written.
     """
     high = (cols < K) & (best > floor)
     high &= best > tl.load(bits + cols, mask=high, other=0, cache_modifier=".cg")
     before = tl.atomic_max(bits + cols, best, mask=high, sem="relaxed")
     if THRESHOLD:
-        new = high & (before <= floor)
-        place = tl.atomic_add(bits + K + tl.zeros_like(cols), 1, mask=new, sem="relaxed")
-        tl.store(columns + place, cols.to(tl.int64), mask=new & (place < R))
+        tl.atomic_add(bits + K + tl.zeros_like(cols), 1, mask=high & (before <= floor), sem="relaxed")
 
 
 @triton.jit
 def _largest(value, R: tl.constexpr, LOW: tl.constexpr):
-    """The R-th largest of int32 values ≥ -1, found bit by bit; bits below `LOW` are 0."""
+    """The R-th largest of int32 values ≥ -1, found bit by bit; bits below `LOW` are 0. And how many are larger."""
     least = 0
     for step in tl.static_range(0, 31 - LOW):
         candidate = least | (1 << (30 - step))
-        reached = tl.sum(tl.sum((value >= candidate).to(tl.int32), 1), 0)
+        reached = tl.sum((value >= candidate).to(tl.int32), 0)
         least = tl.where(reached >= R, candidate, least)
-    return least
+    return least, tl.sum((value > least).to(tl.int32), 0)
 
 
 @triton.jit
@@ -66,16 +64,18 @@ def _list_largest(
     """Mark and list the `R` channels of largest absmax, of equal ones the first. Returns how many above the threshold
     found no place."""
     WIDTH: tl.constexpr = 128 if BLOCK > 128 else BLOCK
-    # Running counts along the rows of a matrix stay within a warp; those of one long vector go through shared memory.
+    flat = tl.arange(0, BLOCK)
+    least, larger = _largest(tl.load(bits + flat, mask=flat < K, other=-1), R, LOW)
+    # Sums are cheapest along a vector, which threads first add up for themselves; running counts along the rows of a
+    # matrix, which stay within a warp.
     cols = tl.arange(0, BLOCK // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     value = tl.load(bits + cols, mask=cols < K, other=-1)
-    least = _largest(value, R, LOW)
     above = (value > least).to(tl.int32)
     equal = (value == least).to(tl.int32)
     both = above | (equal << 16)  # neither count reaches 2^16
     rows = tl.sum(both, 1)
     counts = tl.cumsum(both, 1) + (tl.cumsum(rows, 0) - rows)[:, None]
-    places = R - tl.sum(tl.sum(above, 1), 0)
+    places = R - larger
     selected = (above > 0) | ((equal > 0) & ((counts >> 16) <= places))
     place = (counts & 0xFFFF) + tl.minimum(counts >> 16, places) - 1
     tl.store(columns + place, cols.to(tl.int64), mask=selected)
@@ -100,15 +100,20 @@ def _choose_columns_kernel(
     A place that is not used has column 0, and no column in the marks. NaN is no outlier under a threshold: it
     stays, and makes the scale NaN.
     """
+    STEP: tl.constexpr = 4096 if BLOCK > 4096 else BLOCK
     found = K
     missed = 0
     if THRESHOLD:
         found = tl.load(bits + K)
     if found <= R:
-        for start in range(0, K, 4096):
-            cols = start + tl.arange(0, BLOCK if BLOCK < 4096 else 4096)
-            value = tl.load(bits + cols, mask=cols < K, other=0)
-            large = (value > floor) & (value <= NAN_ABOVE) if THRESHOLD else value >= 0
+        for start in range(0, K, STEP):
+            cols = start + tl.arange(0, STEP)
+            value = tl.load(bits + cols, mask=cols < K, other=-1)
+            large = value >= 0
+            if THRESHOLD:
+                place = tl.atomic_add(bits + K + 1 + tl.zeros_like(cols), 1, mask=value > floor, sem="relaxed")
+                tl.store(columns + place, cols.to(tl.int64), mask=value > floor)
+                large = (value > floor) & (value <= NAN_ABOVE)
             tl.store(marks + cols, large.to(tl.int8), mask=cols < K)
         if not THRESHOLD:  # every channel has a place
             r = tl.arange(0, BLOCK_R)
@@ -165,8 +170,8 @@ def store_gathered(outliers, value, taken, R: tl.constexpr, BLOCK_R: tl.constexp
 # Rows and columns of one step of a search over column blocks. A program takes as many steps as leave about four
 # programs to each of 132 multiprocessors.
 SEARCH_ROWS, SEARCH_COLUMNS, SEARCH_PROGRAMS = 8, 512, 528
-# With whole rows to a program, two, where every program has as many atomics as columns; else as many as hide latency.
-ROW_PROGRAMS, ROW_PROGRAMS_THRESHOLD = 264, 1056
+# With whole rows to a program, one, where every program has as many atomics as columns; else as many as hide latency.
+ROW_PROGRAMS, ROW_PROGRAMS_THRESHOLD = 132, 1056
 
 
 def search_rows(m: Any, column_blocks: int, step: int, programs: int = SEARCH_PROGRAMS) -> int:
@@ -213,10 +218,9 @@ def static_split(columns: Tensor | None, width: int) -> Split:
 
 @dataclass(frozen=True)
 class Search:
-    """What a search kernel writes: `bits` of the absmax `[K]` and a count behind them, and a list of columns."""
+    """What a search kernel writes: `bits` of the absmax `[K]`, behind them two counts."""
 
     bits: Tensor
-    columns: Tensor
     width: int
     capacity: int
     threshold: float
@@ -228,11 +232,11 @@ class Search:
 
     def arguments(self) -> tuple[Any, ...]:
         """Run-time arguments of a search kernel."""
-        return self.bits, self.columns, self.floor()
+        return self.bits, self.floor()
 
     def constants(self) -> dict[str, Any]:
         """Its constants."""
-        return {"K": self.width, "R": self.capacity, "THRESHOLD": self.threshold > 0.0}
+        return {"K": self.width, "THRESHOLD": self.threshold > 0.0}
 
     def result(self) -> tuple[Split, Tensor, Tensor]:
         """The split, its columns `[R]` (0 where a place is unused), and the overflow `[]`."""
@@ -240,22 +244,22 @@ class Search:
             return _by_topk(self.bits[: self.width].view(torch.float32), self.capacity, self.threshold)
         k, r = self.width, self.capacity
         marks = torch.empty(k + 3 * r, dtype=torch.int8, device=self.bits.device)
+        columns = torch.empty(r, dtype=torch.int64, device=marks.device)
         overflow = torch.empty(1, dtype=torch.int32, device=marks.device)  # of no dimension, Inductor would fill it
         block = triton.next_power_of_2(k)
         wrap_triton(_choose_columns_kernel)[(1,)](
-            self.bits, marks, self.columns, overflow, self.floor(),
+            self.bits, marks, columns, overflow, self.floor(),
             K=k, R=r, LOW=self.low, THRESHOLD=self.threshold > 0.0, BLOCK=block,
             BLOCK_R=triton.next_power_of_2(r), num_warps=max(1, min(16, block // 256)),
         )  # fmt: skip
-        return Split(r, marks), self.columns, overflow.view(())
+        return Split(r, marks), columns, overflow.view(())
 
 
 def search(width: int, capacity: int, threshold: float, dtype: torch.dtype, device: torch.device) -> Search:
     """Memory for a search among `width` channels of `dtype` values."""
     r = min(capacity, width)
     low = {torch.bfloat16: 16, torch.float16: 13}.get(dtype, 0)
-    bits = torch.zeros(width + 1, dtype=torch.int32, device=device)
-    return Search(bits, torch.empty(r, dtype=torch.int64, device=device), width, r, threshold, low)
+    return Search(torch.zeros(width + 2, dtype=torch.int32, device=device), width, r, threshold, low)
 
 
 def _by_topk(absmax: Tensor, r: int, threshold: float) -> tuple[Split, Tensor, Tensor]:

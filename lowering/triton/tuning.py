@@ -24,6 +24,7 @@ import triton
 from torch import Tensor
 
 from lowering import numerics
+from lowering.ops.linear import linear_w8a8
 
 SHIPPED = Path(__file__).parent / "tiles"
 WGMMA = "wgmma"  # instead of a tile: the kernel of `lowering.triton.hopper`
@@ -210,7 +211,7 @@ class Bench:
             if choice == WGMMA:
                 return linear.linear_w8a8_wgmma(*args)
             if choice is None:
-                return linear.linear_w8a8.choose("triton", args).function(*args)  # type: ignore[no-any-return]
+                return linear_w8a8.choose("triton", args).function(*args)  # type: ignore[no-any-return]
             return linear.linear_w8a8_tiles(*args)
 
     def microseconds(self, choice: Choice | None, replays: int = 7) -> float:
