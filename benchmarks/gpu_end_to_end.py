@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from typing import Any
 
@@ -41,10 +42,15 @@ class Child:
             env={**os.environ, **environment},
         )
 
+        self.patience = threading.Timer(arguments.patience, self.process.kill)
+        self.patience.start()
+
     def ready(self) -> bool:
-        """Wait until it has compiled; False when it failed."""
+        """Wait until it has compiled; False when it failed, or took too long and was ended."""
         assert self.process.stdout is not None
-        return any(line.strip() == "READY" for line in self.process.stdout)
+        found = any(line.strip() == "READY" for line in self.process.stdout)
+        self.patience.cancel()
+        return found
 
     def measure(self) -> dict[str, Any]:
         """Its row; or what went wrong."""
@@ -60,7 +66,7 @@ class Child:
     def failure(self) -> dict[str, Any]:
         """The end of what it wrote to stderr."""
         self.errors.seek(0)
-        return {"case": self.case, "scheme": self.scheme, "failed": self.errors.read()[-1500:]}
+        return {"case": self.case, "scheme": self.scheme, "failed": self.errors.read()[-1500:] or "ended"}
 
 
 def child(case: str, scheme: str, layers: int, profile: bool) -> None:
@@ -122,6 +128,7 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="*", default=SCHEMES)
     parser.add_argument("--profile", action="store_true", help="record every kernel of one call")
     parser.add_argument("--memory", action="store_true", help="measure weight memory and peak activation memory too")
+    parser.add_argument("--patience", type=float, default=120, help="seconds that one case may compile for")
     parser.add_argument("--compile-time", action="store_true", help="measure first calls alone, from empty caches")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

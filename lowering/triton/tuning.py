@@ -211,7 +211,7 @@ class Bench:
             if choice == WGMMA:
                 return linear.linear_w8a8_wgmma(*args)
             if choice is None:
-                return linear_w8a8.choose("triton", args).function(*args)  # type: ignore[no-any-return]
+                return linear_w8a8.choose("triton", args).function(*args)
             return linear.linear_w8a8_tiles(*args)
 
     def microseconds(self, choice: Choice | None, replays: int = 7) -> float:
