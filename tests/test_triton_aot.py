@@ -7,6 +7,7 @@ what it ships: same kernel, same constants, same warps and stages.
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import os
 import re
@@ -36,7 +37,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from lowering.registry import Op, Sample, all_ops  # noqa: E402
-from lowering.triton import linear  # noqa: E402
+from lowering.triton import linear, tuning  # noqa: E402
 
 SM90 = GPUTarget("cuda", 90, 32)
 META = torch.device("meta")
@@ -182,6 +183,23 @@ def test_w8a8(monkeypatch: pytest.MonkeyPatch, m: int, n: int, form: str) -> Non
         assert re.search(r"mma\.sync\.aligned\.m16n8k32\.row\.col(\.satfinite)?\.s32\.s8\.s8", code.ptx)
     # Weights and codes stream through shared memory without passing registers.
     assert "cp.async" in code.ptx
+
+
+def shipped_tiles() -> list[tuning.Tile]:
+    """Every tile of a shipped table."""
+    entries = [entry for path in tuning.SHIPPED.glob("*.json") for entry in json.loads(path.read_text())["entries"]]
+    return sorted({tuning.Tile(**e["choice"]) for e in entries if e["choice"] != tuning.WGMMA}, key=str)
+
+
+@pytest.mark.parametrize("tile", shipped_tiles(), ids=str)
+@pytest.mark.parametrize("outlier", [None, BF16], ids=["affine", "bf16-outliers"])
+def test_a_shipped_tile_fits(monkeypatch: pytest.MonkeyPatch, tile: tuning.Tile, outlier: torch.dtype | None) -> None:
+    with linear.forced(tile):
+        launch, code = one(monkeypatch, linear.linear_w8a8_tiles, *w8a8_args(tile.m, 4096, 4096, outlier=outlier))
+    assert (launch.arguments["BLOCK_M"], launch.arguments["BLOCK_N"]) == (tile.m, tile.n)
+    assert code.stack == 0, "spills"
+    assert code.shared <= 227 * 1024
+    assert ("wgmma" in code.ptx) == (tile.m >= 64)
 
 
 @pytest.mark.parametrize(
