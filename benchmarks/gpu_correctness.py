@@ -191,6 +191,8 @@ def main() -> int:
     for r in results:
         if not r["passed"]:
             print("FAILED", r["op"], r["sample"], r["failure"])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n")
     if "--correctness" in sys.argv:
         return 0 if passed == len(results) else 1
     report["linear"] = linear_speed()
@@ -203,7 +205,6 @@ def main() -> int:
         print(f"M={r['m']:<5} N={r['n']:<6} K={r['k']:<6} {rates}")
     for r in report["rows"]:
         print(f"M={r['m']:<5} {r['op']:<24} {r['us']:8.1f} us {r['gb_per_s']:7.1f} GB/s")
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=1) + "\n")
     return 0 if passed == len(results) else 1
 

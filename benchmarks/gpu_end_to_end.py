@@ -10,33 +10,47 @@ other while the rest wait, so that all rows come from one run. Times are medians
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from typing import Any
 
-SCHEMES = ("bf16", "default", "w8a8", "w8a8-asymmetric", "w8a16", "llm.int8", "w8a8+static")
+SCHEMES = ("bf16", "default", "w8a8", "llm.int8", "w8a8+static", "torchao-fp8", "torchao-int8")
 
 
 class Child:
     """One (case, scheme) in its own process: compiles at once, measures when told."""
 
-    def __init__(self, case: str, scheme: str, arguments: argparse.Namespace) -> None:
+    def __init__(self, case: str, scheme: str, arguments: argparse.Namespace, **environment: str) -> None:
         self.case, self.scheme = case, scheme
         command = [sys.executable, "-m", "benchmarks.gpu_end_to_end", "--out", "-", "--layers", str(arguments.layers)]
         command += ["--child", case, scheme, *(["--profile"] if arguments.profile else [])]
         # A pipe that nobody reads would stop a child that has much to say.
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the child)
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            env={**os.environ, **environment},
         )
 
+        self.patience = threading.Timer(arguments.patience, self.process.kill)
+        self.patience.start()
+
     def ready(self) -> bool:
-        """Wait until it has compiled; False when it failed."""
+        """Wait until it has compiled; False when it failed, or took too long and was ended."""
         assert self.process.stdout is not None
-        return any(line.strip() == "READY" for line in self.process.stdout)
+        found = any(line.strip() == "READY" for line in self.process.stdout)
+        self.patience.cancel()
+        return found
 
     def measure(self) -> dict[str, Any]:
         """Its row; or what went wrong."""
@@ -52,7 +66,7 @@ class Child:
     def failure(self) -> dict[str, Any]:
         """The end of what it wrote to stderr."""
         self.errors.seek(0)
-        return {"case": self.case, "scheme": self.scheme, "failed": self.errors.read()[-1500:]}
+        return {"case": self.case, "scheme": self.scheme, "failed": self.errors.read()[-1500:] or "ended"}
 
 
 def child(case: str, scheme: str, layers: int, profile: bool) -> None:
@@ -66,7 +80,7 @@ def child(case: str, scheme: str, layers: int, profile: bool) -> None:
     print(json.dumps(one_case(case, scheme, layers, "cuda", wait, profile)))
 
 
-def timings(arguments: argparse.Namespace, batch: int = 14) -> list[dict[str, Any]]:
+def timings(arguments: argparse.Namespace, batch: int = 15) -> list[dict[str, Any]]:
     """Every case under every scheme, `batch` processes compiling at a time."""
     from benchmarks.gpu_model import CASES
 
@@ -89,6 +103,23 @@ def timings(arguments: argparse.Namespace, batch: int = 14) -> list[dict[str, An
     return rows
 
 
+def compile_times(arguments: argparse.Namespace, case: str = "prefill 1x512") -> dict[str, Any]:
+    """Seconds of the first call of one case, nothing else running and nothing cached on disk."""
+    seconds = {}
+    for scheme in ("bf16", "w8a8"):
+        with tempfile.TemporaryDirectory() as folder:
+            one = Child(
+                case,
+                scheme,
+                arguments,
+                TORCHINDUCTOR_CACHE_DIR=f"{folder}/inductor",
+                TRITON_CACHE_DIR=f"{folder}/triton",
+            )
+            one.ready()
+            seconds[scheme] = one.measure().get("first call s")
+    return {"case": case, "first call s": seconds}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="JSON file to write")
@@ -97,6 +128,8 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="*", default=SCHEMES)
     parser.add_argument("--profile", action="store_true", help="record every kernel of one call")
     parser.add_argument("--memory", action="store_true", help="measure weight memory and peak activation memory too")
+    parser.add_argument("--patience", type=float, default=120, help="seconds that one case may compile for")
+    parser.add_argument("--compile-time", action="store_true", help="measure first calls alone, from empty caches")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -110,9 +143,13 @@ def main() -> None:
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
+        "torchao": importlib.metadata.version("torchao") if importlib.util.find_spec("torchao") else None,
         "layers": arguments.layers,
         "timings": timings(arguments),
     }
+    if arguments.compile_time:
+        result["compile"] = compile_times(arguments)
+        print(result["compile"], flush=True)
     if arguments.memory:
         from benchmarks.gpu_model import memory
 

@@ -6,6 +6,7 @@ that it needs no model file.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import statistics
@@ -70,19 +71,42 @@ def build(layers: int, device: str, dtype: torch.dtype = torch.bfloat16) -> nn.S
 
 
 def recipe_of(scheme: str, model: nn.Module, x: Tensor) -> Recipe:
-    """A preset; or its symmetric or affine form with `STATIC_COLUMNS` fixed outlier columns at every site."""
-    if not scheme.endswith("+static"):
-        return Recipe.preset(scheme)
-    base = dataclasses.replace(PRESETS[scheme.removesuffix("+static")], outliers="static")
+    """A preset; `+search`: without float activations for few rows; `+static`: with `STATIC_COLUMNS` fixed outlier
+    columns at every site."""
+    name, _, change = scheme.partition("+")
+    if change == "search":
+        return Recipe(dataclasses.replace(PRESETS[name], one_row="same"))
+    if change != "static":
+        return Recipe.preset(name)
+    base = dataclasses.replace(PRESETS[name], outliers="static")
     sites = int8pass.inspect(model, x, recipe="w8a8").sites
     columns = {s.name: tuple(range(3, s.shape[1], s.shape[1] // STATIC_COLUMNS))[:STATIC_COLUMNS] for s in sites}
     return Recipe(base, sites={name: SiteSettings(columns=chosen) for name, chosen in columns.items()})
 
 
+def peer(model: nn.Module, scheme: str) -> nn.Module:
+    """The same model quantized by torchao (in place), with its dynamic int8 or its row-wise fp8 scheme."""
+    from torchao.quantization import (
+        Float8DynamicActivationFloat8WeightConfig,
+        Int8DynamicActivationInt8WeightConfig,
+        PerRow,
+        quantize_,
+    )
+
+    config = {
+        "torchao-int8": Int8DynamicActivationInt8WeightConfig,
+        "torchao-fp8": lambda: Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()),
+    }[scheme]
+    quantize_(model, config())
+    return model
+
+
 def compiled(model: nn.Module, scheme: str, x: Tensor, mode: str | None, **options: Any) -> Callable[[Tensor], Tensor]:
-    """The model under plain Inductor (`bf16`) or int8."""
+    """The model under plain Inductor (`bf16`), a peer under plain Inductor, or int8."""
     if scheme == "bf16":
         return torch.compile(model, mode=mode, fullgraph=True)
+    if scheme.startswith("torchao"):
+        return torch.compile(peer(copy.deepcopy(model), scheme), mode=mode, fullgraph=True)
     given = {"recipe": recipe_of(scheme, model, x), **({"mode": mode} if mode else {}), **options}
     return torch.compile(model, backend=int8, fullgraph=True, options=given)
 

@@ -1,4 +1,4 @@
-"""The `int8pass` command: run, inspect, calibrate, export, lint.
+"""The `int8pass` command: run, inspect, calibrate, export, lint, bench.
 
 The only module that imports typer; rich is imported here and by the text of a report. The table and the display of
 progress are used by the examples too.
@@ -6,6 +6,7 @@ progress are used by the examples too.
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import json
 import os
@@ -23,6 +24,7 @@ import torch
 from torch import nn
 
 import int8pass
+from int8pass import bench as layer_bench
 from int8pass import hub, measure
 from int8pass.errors import CalibrationWarning, CaptureError, Int8PassError, OptionError, UnsupportedError
 
@@ -394,6 +396,64 @@ def table(comparison: measure.Comparison) -> Table:
     shown.add_section()
     continuations = [Text(form.continuation.strip(), justify="left") for form in (original, quantized)]
     shown.add_row(Text(f"{comparison.prompt} …"), *continuations, "")
+    return shown
+
+
+@app.command()
+def bench(
+    device: DeviceOption = "auto",
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Output x input channels, as in 4096x14336; may be repeated. Default: an 8B decoder's layers."
+        ),
+    ] = None,
+    rows: Annotated[
+        list[int] | None, typer.Option(min=1, max=8192, help="Rows (tokens) of the input; may be repeated.")
+    ] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="First search the fastest tiles for this GPU and keep them (minutes).")
+    ] = False,
+    table_file: Annotated[
+        Path | None, typer.Option("--table", help="Write what --tune finds to this table, not to the cache.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+) -> None:
+    """Time int8 linear layers on this GPU beside bf16 ones; with --tune, search their tiles first.
+
+    Found tiles are used by every later torch.compile with int8 on this chip; nothing is searched then.
+    """
+    with _reported():
+        if table_file is not None and not tune:
+            raise OptionError("--table: is for what --tune finds.")
+        for option, file in (("--table", table_file), ("--json", json_file)):
+            if file is not None:
+                _require_folder(option, file)
+        shapes = layer_bench.parse_shapes(shape) if shape else layer_bench.SHAPES
+        counts = rows or layer_bench.ROWS
+        device_ = _device(device)
+        layer_bench.require_gpu(device_)
+        console = Console()
+        with Steps() as progress:
+            if tune:
+                count, path = layer_bench.tune(shapes, counts, device_, progress, table_file)
+            found = layer_bench.speeds(shapes, counts, device_, progress)
+        if tune:
+            text = f"{count} of {len(shapes) * len(counts)} layers are faster with tiles found now; kept in {path}"
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print(speed_table(found))
+        if json_file is not None:
+            json_file.write_text(json.dumps([dataclasses.asdict(speed) for speed in found], indent=1) + "\n")
+
+
+def speed_table(speeds: list[layer_bench.Speed]) -> Table:
+    """What `int8pass bench` prints."""
+    shown = Table(title="Linear layers, microseconds (int8: activations quantized beforehand)")
+    for title in ("rows", "N", "K", "int8", "bf16", "speed-up", "tile"):
+        shown.add_column(title, justify="left" if title == "tile" else "right")
+    for s in speeds:
+        numbers = (str(s.rows), str(s.n), str(s.k), f"{s.int8_us:.1f}", f"{s.bf16_us:.1f}")
+        shown.add_row(*numbers, f"{s.bf16_us / s.int8_us:.2f}x", s.kernel)
     return shown
 
 

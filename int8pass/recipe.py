@@ -156,7 +156,9 @@ PRESETS: Mapping[str, Scheme] = MappingProxyType(
         "w8a8": _PLAIN,
         "w8a8-asymmetric": dataclasses.replace(_PLAIN, symmetric=False),
         "w8a16": dataclasses.replace(_PLAIN, activations="none"),
-        "llm.int8": dataclasses.replace(_PLAIN, symmetric=False, outliers="threshold", capacity=64),
+        "llm.int8": dataclasses.replace(
+            _PLAIN, symmetric=False, outliers="threshold", capacity=64, one_row="weight_only"
+        ),
         "zeroquant": dataclasses.replace(_PLAIN, weights="group"),
         "smoothquant-o1": _SMOOTHQUANT,
         "smoothquant-o2": dataclasses.replace(_PER_TENSOR, activations="per_tensor"),

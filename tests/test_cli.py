@@ -100,10 +100,7 @@ def test_missing_typer_names_the_extra(package):
 
 def test_importing_int8pass_needs_torch_alone():
     extras = ["transformers", "typer", "rich", "tokenizers", "safetensors", "gguf", "accelerate", "triton", "onnx"]
-    script = (
-        f"import sys; sys.modules.update(dict.fromkeys({extras}))\n"
-        "import int8pass, int8pass.hub, int8pass.measure"
-    )
+    script = f"import sys; sys.modules.update(dict.fromkeys({extras}))\nimport int8pass, int8pass.hub, int8pass.measure"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 

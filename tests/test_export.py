@@ -103,9 +103,7 @@ def test_calibrated_columns_are_a_gather_and_a_float_product(tmp_path: Path) -> 
 
 
 def test_tensorrt_rules_hold(tmp_path: Path) -> None:
-    made = int8pass.export_onnx(
-        block(), torch.randn(2, 9, 64), tmp_path / "m.onnx", recipe="w8a8", target="tensorrt"
-    )
+    made = int8pass.export_onnx(block(), torch.randn(2, 9, 64), tmp_path / "m.onnx", recipe="w8a8", target="tensorrt")
     assert made.opset == 21
     for node in ir.load(made.path).graph:
         if node.op_type == "QuantizeLinear":
@@ -217,9 +215,7 @@ def test_a_file_that_does_not_verify_is_not_written(tmp_path: Path, monkeypatch:
 def test_warn_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _signed(monkeypatch)
     with pytest.warns(UserWarning, match="does not verify"):
-        made = int8pass.export_onnx(
-            block(), torch.randn(2, 9, 64), tmp_path / "m.onnx", recipe="w8a8", verify="warn"
-        )
+        made = int8pass.export_onnx(block(), torch.randn(2, 9, 64), tmp_path / "m.onnx", recipe="w8a8", verify="warn")
     assert made.path.is_file()
     assert made.verification is not None
     assert not made.verification.passed

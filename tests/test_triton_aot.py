@@ -7,6 +7,7 @@ what it ships: same kernel, same constants, same warps and stages.
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import os
 import re
@@ -35,13 +36,13 @@ from torch.fx.experimental.symbolic_shapes import (  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from lowering.registry import Op, all_ops  # noqa: E402
-from lowering.triton import linear  # noqa: E402
+from lowering.registry import Op, Sample, all_ops  # noqa: E402
+from lowering.triton import linear, tuning  # noqa: E402
 
 SM90 = GPUTarget("cuda", 90, 32)
 META = torch.device("meta")
 BF16, F32, F16, I8, I32 = torch.bfloat16, torch.float32, torch.float16, torch.int8, torch.int32
-WRAPPERS = ("act", "linear", "norm", "quantize")
+WRAPPERS = ("act", "columns", "linear", "norm", "quantize")
 POINTER = {
     F32: "*fp32", BF16: "*bf16", F16: "*fp16", I8: "*i8", torch.int16: "*i16", I32: "*i32", torch.int64: "*i64",
     torch.bool: "*i1",
@@ -184,6 +185,23 @@ def test_w8a8(monkeypatch: pytest.MonkeyPatch, m: int, n: int, form: str) -> Non
     assert "cp.async" in code.ptx
 
 
+def shipped_tiles() -> list[tuning.Tile]:
+    """Every tile of a shipped table."""
+    entries = [entry for path in tuning.SHIPPED.glob("*.json") for entry in json.loads(path.read_text())["entries"]]
+    return sorted({tuning.Tile(**e["choice"]) for e in entries if e["choice"] != tuning.WGMMA}, key=str)
+
+
+@pytest.mark.parametrize("tile", shipped_tiles(), ids=str)
+@pytest.mark.parametrize("outlier", [None, BF16], ids=["affine", "bf16-outliers"])
+def test_a_shipped_tile_fits(monkeypatch: pytest.MonkeyPatch, tile: tuning.Tile, outlier: torch.dtype | None) -> None:
+    with linear.forced(tile):
+        launch, code = one(monkeypatch, linear.linear_w8a8_tiles, *w8a8_args(tile.m, 4096, 4096, outlier=outlier))
+    assert (launch.arguments["BLOCK_M"], launch.arguments["BLOCK_N"]) == (tile.m, tile.n)
+    assert code.stack == 0, "spills"
+    assert code.shared <= 227 * 1024
+    assert ("wgmma" in code.ptx) == (tile.m >= 64)
+
+
 @pytest.mark.parametrize(
     ("m", "n", "k", "dtype", "outlier", "r"),
     [
@@ -253,18 +271,19 @@ def test_a_row_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert global_reads(code) == 6  # x, residual and gamma
 
 
-def test_column_absmax(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+def test_column_absmax(monkeypatch: pytest.MonkeyPatch, threshold: float) -> None:
     from lowering.triton import quantize
 
-    few = launches(monkeypatch, quantize.split_quantize_rows_dynamic, empty(64, 4096), 64, 6.0, True)
-    assert [launch.kernel.__name__ for launch in few] == ["_column_absmax_kernel", "_quantize_rows_kernel"]
-    code = compile_for_sm90(few[0])
-    assert code.stack == 0
-    assert re.search(r"(red|atom)\.global\S*\.max\.s32", code.ptx)
-    assert compile_for_sm90(few[1]).stack == 0
-    many = launches(monkeypatch, quantize.split_quantize_rows_dynamic, empty(512, 4096), 64, 6.0, True)
-    assert many[1].kernel.__name__ == "_choose_columns_kernel"
-    assert compile_for_sm90(many[1]).stack == 0
+    passes = launches(monkeypatch, quantize.split_quantize_rows_dynamic, empty(64, 14336), 64, threshold, True)
+    assert [launch.kernel.__name__ for launch in passes] == [
+        "_column_absmax_kernel", "_choose_columns_kernel", "_quantize_rows_kernel"
+    ]  # fmt: skip
+    codes = [compile_for_sm90(launch) for launch in passes]
+    assert all(code.stack == 0 for code in codes)
+    assert re.search(r"(red|atom)\.global\S*\.max\.s32", codes[0].ptx)
+    # Only under a threshold are there few enough to list, and a count.
+    assert bool(re.search(r"(red|atom)\.global\S*\.add\.", codes[0].ptx)) == (threshold > 0.0)
 
 
 def test_dynamic_prologues(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,11 +322,22 @@ def offline_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 WITH_ROWS = [op for op in all_ops().values() if not op.name.startswith("dequantize_weight")]
 
 
+def traced_samples() -> list[Any]:
+    """The first sample of every op; of those that search for columns one with a threshold too."""
+    found = []
+    for op in WITH_ROWS:
+        fit = [s for s in op.samples(torch.device("cpu")) if not {0, 1} & {*s.args[0].shape}]
+        above = [s for s in fit if op.name.endswith("_dynamic") and s.args[-1 - (not op.name.startswith("out"))] > 0]
+        found += [
+            pytest.param(op, s, id=f"{op.name}-{s.label}") for s in {id(s): s for s in [fit[0], *above[:1]]}.values()
+        ]
+    return found
+
+
 @pytest.mark.usefixtures("offline_driver")
-@pytest.mark.parametrize("op", WITH_ROWS, ids=lambda op: op.name)
-def test_traces_with_symbolic_rows(op: Op) -> None:
+@pytest.mark.parametrize(("op", "sample"), traced_samples())
+def test_traces_with_symbolic_rows(op: Op, sample: Sample) -> None:
     """AOTAutograd sees through every implementation: a symbolic number of rows stays so, only results are written."""
-    sample = next(s for s in op.samples(torch.device("cpu")) if 1 not in s.args[0].shape)
     lead = sample.args[0].shape[:-1]
     graph, env = torch.fx.Graph(), ShapeEnv()
     mode = FakeTensorMode(shape_env=env)
@@ -346,10 +376,10 @@ def test_traces_with_symbolic_rows(op: Op) -> None:
         return
     assert kernels
     results = {
-        "absmax", "extent", "out", "hidden", "codes", "scale", "zero_point", "outliers", "slots", "columns", "overflow",
+        "bits", "extent", "out", "hidden", "codes", "scale", "zero_point", "outliers", "marks", "columns", "overflow",
     }  # fmt: skip
     for node in kernels:
-        one_program = "slots" in node.kwargs["tensors_to_clone"]  # the choice of columns, whatever the rows
+        one_program = "marks" in node.kwargs["tensors_to_clone"]  # the choice of columns, whatever the rows
         assert one_program or isinstance(node.kwargs["grid"][0][0], torch.fx.Node), "the grid was specialized"
         written = set(node.kwargs["tensors_to_clone"])
         inputs = {name for name, value in node.kwargs["kwargs"].items() if isinstance(value, torch.fx.Node)}

@@ -8,29 +8,23 @@ import triton.language as tl
 from torch import Tensor
 
 from lowering.ops.act import ACTIVATIONS, act_mul_quantize, act_mul_quantize_dynamic
-from lowering.triton.launch import as_rows, empty, rounded, row_block, takes_rows, traceable, wrap_triton
-from lowering.triton.quantize import (
+from lowering.triton.columns import (
     PREPACKED_COLUMNS,
     SEARCH_COLUMNS,
     SEARCH_ROWS,
     Split,
     bits_of,
-    dynamic_split,
-    encode,
-    first_slots,
     inliers,
     outlier_columns,
-    outlier_output,
+    programs,
     raise_absmax,
-    row_extent,
-    row_outputs,
-    row_scale,
-    scatter_outliers,
+    search,
     search_rows,
-    slots_at,
     static_split,
     store_gathered,
 )
+from lowering.triton.launch import as_rows, empty, rounded, row_block, takes_rows, traceable, wrap_triton
+from lowering.triton.quantize import encode, outlier_output, row_extent, row_outputs, row_scale
 
 SILU = tl.constexpr(0)
 GELU = tl.constexpr(1)
@@ -70,17 +64,16 @@ def product(gate, up, cols, mask, ACT: tl.constexpr):
 
 @triton.jit
 def _act_mul_quantize_kernel(
-    gate, gate_stride, up, up_stride, slots, bits, columns, overflow, threshold, codes, scale, zero_point, outliers,
-    K: tl.constexpr, R: tl.constexpr, ACT: tl.constexpr, SYMMETRIC: tl.constexpr,
-    LOW: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+    gate, gate_stride, up, up_stride, marks, codes, scale, zero_point, outliers,
+    K: tl.constexpr, R: tl.constexpr, ACT: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     gate += row * gate_stride
     up += row * up_stride
     codes += row * K
-    first = first_slots(bits, columns, overflow, threshold, K, R, LOW, THRESHOLD, BLOCK)
-    if slots is not None:  # early: loads that wait for one another
-        column, taken = outlier_columns(slots, K, R, THRESHOLD, BLOCK_R)
+    if marks is not None:  # early: loads that wait for one another
+        column, taken = outlier_columns(marks, K, R, BLOCK_R)
         value = product(gate, up, column, taken, ACT)
         store_gathered(outliers + row * R, value, taken, R, BLOCK_R)
     high = 0
@@ -88,17 +81,15 @@ def _act_mul_quantize_kernel(
     for start in range(0, K, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         y = product(gate, up, cols, cols < K, ACT)
-        above, below = row_extent(inliers(y, slots_at(slots, first, cols, cols < K)), SYMMETRIC)
+        above, below = row_extent(inliers(y, marks, cols, cols < K), SYMMETRIC)
         high = tl.maximum(high, above)
         low = tl.maximum(low, below)
     s, inverse, zero = row_scale(high, low, SYMMETRIC)
     for start in range(0, K, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         y = product(gate, up, cols, cols < K, ACT)
-        slot = slots_at(slots, first, cols, cols < K)
-        tl.store(codes + cols, encode(inliers(y, slot), inverse, zero, SYMMETRIC), mask=cols < K)
-        if bits is not None:
-            scatter_outliers(outliers + row * R, y, slot)
+        y = inliers(y, marks, cols, cols < K)
+        tl.store(codes + cols, encode(y, inverse, zero, SYMMETRIC), mask=cols < K)
     tl.store(scale + row, s)
     if not SYMMETRIC:
         tl.store(zero_point + row, zero)
@@ -106,10 +97,11 @@ def _act_mul_quantize_kernel(
 
 @triton.jit
 def _product_absmax_kernel(
-    gate, gate_stride, up, up_stride, absmax, M, K,
-    ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+    gate, gate_stride, up, up_stride, bits, floor, M,
+    K: tl.constexpr, THRESHOLD: tl.constexpr, ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Column absmax of the product, as bits, joined across programs by an integer atomic."""
+    """Column absmax of the product (see `lowering.triton.columns`)."""
     cols = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     first = tl.program_id(0).to(tl.int64) * ROWS
     best = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.int32)
@@ -118,7 +110,7 @@ def _product_absmax_kernel(
         mask = (rows < M) & (cols < K)[None, :]
         y = product(gate + rows * gate_stride, up + rows * up_stride, cols[None, :], mask, ACT)
         best = tl.maximum(best, bits_of(y))
-    raise_absmax(absmax + cols, tl.max(best, 0), cols < K)
+    raise_absmax(bits, tl.max(best, 0), cols, floor, K, THRESHOLD)
 
 
 def _fits(gate: Tensor, up: Tensor, act: str, *rest: object) -> bool | str:
@@ -137,7 +129,7 @@ def _act_mul_quantize(
     if not empty(gates.count):
         block, warps = row_block(k)
         wrap_triton(_act_mul_quantize_kernel)[(gates.count,)](
-            gates.data, gates.stride, ups.data, ups.stride, *split.arguments(), codes, scale,
+            gates.data, gates.stride, ups.data, ups.stride, split.marks, codes, scale,
             None if symmetric else zero_point, outliers if split.count else None,
             K=k, ACT=CODE[act], SYMMETRIC=symmetric, BLOCK=block, num_warps=warps, **split.constants(),
         )  # fmt: skip
@@ -165,16 +157,12 @@ def act_mul_quantize_rows_dynamic(
         gate, up = torch.broadcast_tensors(gate, up)
     gates, ups = as_rows(gate), as_rows(up)
     m, k = gates.count, gates.width
-    bits = torch.zeros(k, dtype=torch.int32, device=gate.device)
-    if not empty(m):
-        blocks = triton.cdiv(k, SEARCH_COLUMNS)
-        group = search_rows(m, blocks, SEARCH_ROWS)
-        wrap_triton(_product_absmax_kernel)[((m + group - 1) // group, blocks)](
-            gates.data, gates.stride, ups.data, ups.stride, bits, m, k,
-            ACT=CODE[act], BLOCK_M=SEARCH_ROWS, BLOCK_K=SEARCH_COLUMNS, ROWS=group, num_warps=4,
-        )  # fmt: skip
-    dtype = torch.promote_types(gate.dtype, up.dtype)
-    split = dynamic_split(bits, m, capacity, threshold, dtype)
-    assert split.columns is not None
-    assert split.overflow is not None
-    return (*_act_mul_quantize(gate, up, act, split, symmetric), split.columns, split.overflow.view(()))
+    found = search(k, capacity, threshold, torch.promote_types(gate.dtype, up.dtype), gate.device)
+    blocks = triton.cdiv(k, SEARCH_COLUMNS)
+    group = search_rows(m, blocks, SEARCH_ROWS)
+    wrap_triton(_product_absmax_kernel)[(programs(m, group), blocks)](
+        gates.data, gates.stride, ups.data, ups.stride, *found.arguments(), m,
+        ACT=CODE[act], BLOCK_M=SEARCH_ROWS, BLOCK_K=SEARCH_COLUMNS, ROWS=group, num_warps=4, **found.constants(),
+    )  # fmt: skip
+    split, columns, overflow = found.result()
+    return (*_act_mul_quantize(gate, up, act, split, symmetric), columns, overflow)

@@ -7,6 +7,8 @@ lie side by side; or, for the gate and up projections of a gated MLP, they are t
 epilogue multiplies them: their product is all that reaches memory.
 
 Outlier columns are one more step of the same ring: 64 columns of bf16 are as many bytes as 128 of int8.
+
+Where tiles of 256 channels would leave multiprocessors without one, a tile has one half only.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ _synchronize = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 BLOCK_M, HALF, BLOCK_K, GROUP = 128, 128, 128, 8
 # 4 stages of 48 KB and 32 KB to stage the result fill an H100's 227 KB.
 BUFFERS = 4
+NARROW_BUFFERS = 6  # of 32 KB
 OUTLIERS = BLOCK_K // 2  # 16-bit columns that one step holds
 WARPS = 8
 NO_ACTIVATION = -1
@@ -53,12 +56,13 @@ def _position(tile, tiles_m, tiles_n, GROUP: gl.constexpr):
 def _issue(
     step, steps, a, w, o, ow, a_ring, w0_ring, w1_ring, full, tiles_m, tiles_n,
     K_STEPS: gl.constexpr, R: gl.constexpr, NEXT: gl.constexpr, SECOND: gl.constexpr, BUFFERS: gl.constexpr,
-    BLOCK_M: gl.constexpr, HALF: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr,
+    BLOCK_M: gl.constexpr, HALF: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     """Start the loads of one step of this program, if there is such a step."""
     per_tile: gl.constexpr = K_STEPS + (1 if R > 0 else 0)
     tile_m, tile_n = _position(gl.program_id(0) + (step // per_tile) * gl.num_programs(0), tiles_m, tiles_n, GROUP)
     m, n, k = tile_m * BLOCK_M, tile_n * NEXT, step % per_tile
+    halves: gl.constexpr = 2 if WIDE else 1
     slot = step % BUFFERS
     bar = full.index(slot)
     if R > 0:
@@ -67,22 +71,24 @@ def _issue(
         kind: gl.constexpr = o.dtype
         wide: gl.constexpr = o.layout
         depth: gl.constexpr = o.block_type.shape[1]
-        mbarrier.expect(bar, (BLOCK_M + 2 * HALF) * depth * 2, pred=outer)
+        mbarrier.expect(bar, (BLOCK_M + halves * HALF) * depth * 2, pred=outer)
         tma.async_copy_global_to_shared(
             o, [m, 0], bar, a_ring.index(slot)._reinterpret(kind, [BLOCK_M, depth], wide), pred=outer
         )
         tma.async_copy_global_to_shared(
             ow, [n, 0], bar, w0_ring.index(slot)._reinterpret(kind, [HALF, depth], wide), pred=outer
         )
-        tma.async_copy_global_to_shared(
-            ow, [n + SECOND, 0], bar, w1_ring.index(slot)._reinterpret(kind, [HALF, depth], wide), pred=outer
-        )
+        if WIDE:
+            tma.async_copy_global_to_shared(
+                ow, [n + SECOND, 0], bar, w1_ring.index(slot)._reinterpret(kind, [HALF, depth], wide), pred=outer
+            )
     else:
         inner = step < steps
-    mbarrier.expect(bar, (BLOCK_M + 2 * HALF) * BLOCK_K, pred=inner)
+    mbarrier.expect(bar, (BLOCK_M + halves * HALF) * BLOCK_K, pred=inner)
     tma.async_copy_global_to_shared(a, [m, k * BLOCK_K], bar, a_ring.index(slot), pred=inner)
     tma.async_copy_global_to_shared(w, [n, k * BLOCK_K], bar, w0_ring.index(slot), pred=inner)
-    tma.async_copy_global_to_shared(w, [n + SECOND, k * BLOCK_K], bar, w1_ring.index(slot), pred=inner)
+    if WIDE:
+        tma.async_copy_global_to_shared(w, [n + SECOND, k * BLOCK_K], bar, w1_ring.index(slot), pred=inner)
 
 
 @gluon.jit
@@ -141,11 +147,46 @@ def _store(c, staging, y, m, n):
 
 
 @gluon.jit
+def _write(
+    left, right, o, ow0, ow1, c, staging, scale, scale_stride, zero_point, zero_point_stride,
+    weight_scale, weight_sum, bias, M, rows, m, n,
+    R: gl.constexpr, CODES: gl.constexpr, ACT: gl.constexpr, SECOND: gl.constexpr,
+    BLOCK_M: gl.constexpr, HALF: gl.constexpr, OUT: gl.constexpr, WIDE: gl.constexpr,
+):  # fmt: skip
+    """Finish and store a tile, or the gated product of its halves."""
+    at = m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, OUT))
+    token = gl.load(scale + at.to(gl.int64) * scale_stride, mask=at < M, other=0.0)
+    zero = at
+    if zero_point is not None:
+        zero = gl.load(zero_point + at.to(gl.int64) * zero_point_stride, mask=at < M, other=0)
+    y = _finished(
+        left, token, zero, zero_point, weight_scale, weight_sum, bias, n, rows, o, ow0, R, CODES, HALF, OUT
+    )  # fmt: skip
+    if ACT < 0:
+        _store(c, staging, y.to(c.dtype), m, n)
+        if WIDE:
+            y = _finished(
+                right, token, zero, zero_point, weight_scale, weight_sum, bias, n + SECOND, rows, o, ow1,
+                R, CODES, HALF, OUT,
+            )  # fmt: skip
+            _store(c, staging, y.to(c.dtype), m, n + SECOND)
+    else:
+        # Rounded after every step, as eager PyTorch does.
+        gate = _activation(y.to(c.dtype).to(gl.float32), ACT).to(c.dtype)
+        y = _finished(
+            right, token, zero, zero_point, weight_scale, weight_sum, bias, n + SECOND, rows, o, ow1,
+            R, CODES, HALF, OUT,
+        )  # fmt: skip
+        _store(c, staging, (gate.to(gl.float32) * y.to(c.dtype).to(gl.float32)).to(c.dtype), m, n)
+
+
+@gluon.jit
 def _linear_w8a8_wgmma(
-    a, w, o, ow, c, scale, scale_stride, zero_point, zero_point_stride, weight_scale, weight_sum, bias, M, N, rows,
+    a, w, o, ow, c, scale, scale_stride, zero_point, zero_point_stride, weight_scale, weight_sum, bias,
+    M, N, rows,
     K: gl.constexpr, R: gl.constexpr, CODES: gl.constexpr, ACT: gl.constexpr,
     NEXT: gl.constexpr, SECOND: gl.constexpr, BUFFERS: gl.constexpr,
-    BLOCK_M: gl.constexpr, HALF: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr,
+    BLOCK_M: gl.constexpr, HALF: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     """`N` columns of the result, `rows` of the weight. Tiles start `NEXT` columns apart, the halves `SECOND` rows."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout(
@@ -156,46 +197,50 @@ def _linear_w8a8_wgmma(
     )
     a_ring = gl.allocate_shared_memory(gl.int8, [BUFFERS, BLOCK_M, BLOCK_K], a.layout)
     w0_ring = gl.allocate_shared_memory(gl.int8, [BUFFERS, HALF, BLOCK_K], w.layout)
-    w1_ring = gl.allocate_shared_memory(gl.int8, [BUFFERS, HALF, BLOCK_K], w.layout)
+    w1_ring = w0_ring
+    if WIDE:
+        w1_ring = gl.allocate_shared_memory(gl.int8, [BUFFERS, HALF, BLOCK_K], w.layout)
     staging = gl.allocate_shared_memory(c.dtype, [BLOCK_M, HALF], c.layout)
     full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(BUFFERS):
         mbarrier.init(full.index(i), count=1)
     tiles_m = gl.cdiv(M, BLOCK_M)
     tiles_n = gl.cdiv(N, NEXT)
-    tiles = gl.cdiv(tiles_m * tiles_n - gl.program_id(0), gl.num_programs(0))
     K_STEPS: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    steps = tiles * (K_STEPS + (1 if R > 0 else 0))
+    per_tile: gl.constexpr = K_STEPS + (1 if R > 0 else 0)
+    steps = gl.cdiv(tiles_m * tiles_n - gl.program_id(0), gl.num_programs(0)) * per_tile
     for i in gl.static_range(BUFFERS - 1):
         _issue(
             i, steps, a, w, o, ow, a_ring, w0_ring, w1_ring, full, tiles_m, tiles_n,
-            K_STEPS, R, NEXT, SECOND, BUFFERS, BLOCK_M, HALF, BLOCK_K, GROUP,
+            K_STEPS, R, NEXT, SECOND, BUFFERS, BLOCK_M, HALF, BLOCK_K, GROUP, WIDE,
         )  # fmt: skip
     step = 0
-    for t in range(tiles):
-        tile_m, tile_n = _position(gl.program_id(0) + t * gl.num_programs(0), tiles_m, tiles_n, GROUP)
+    while step < steps:
+        tile = gl.program_id(0) + (step // per_tile) * gl.num_programs(0)
+        tile_m, tile_n = _position(tile, tiles_m, tiles_n, GROUP)
         m, n = tile_m * BLOCK_M, tile_n * NEXT
-        at = m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, OUT))
-        token = gl.load(scale + at.to(gl.int64) * scale_stride, mask=at < M, other=0.0)
-        zero = at
-        if zero_point is not None:
-            zero = gl.load(zero_point + at.to(gl.int64) * zero_point_stride, mask=at < M, other=0)
         left = gl.zeros([BLOCK_M, HALF], gl.int32, ACC)
         right = gl.zeros([BLOCK_M, HALF], gl.int32, ACC)
         for _ in range(K_STEPS):
             slot = step % BUFFERS
             mbarrier.wait(full.index(slot), (step // BUFFERS) & 1)
             left = warpgroup_mma(a_ring.index(slot), w0_ring.index(slot).permute((1, 0)), left, is_async=True)
-            right = warpgroup_mma(a_ring.index(slot), w1_ring.index(slot).permute((1, 0)), right, is_async=True)
-            # What still runs are the two products just issued: the buffer of the step before is free.
-            left, right = warpgroup_mma_wait(num_outstanding=2, deps=(left, right))
+            # What still runs is what was just issued: the buffer of the step before is free.
+            if WIDE:
+                right = warpgroup_mma(a_ring.index(slot), w1_ring.index(slot).permute((1, 0)), right, is_async=True)
+                left, right = warpgroup_mma_wait(num_outstanding=2, deps=(left, right))
+            else:
+                left = warpgroup_mma_wait(num_outstanding=1, deps=(left,))
             _synchronize()
             _issue(
-                step + BUFFERS - 1, steps, a, w, o, ow, a_ring, w0_ring, w1_ring, full, tiles_m, tiles_n,
-                K_STEPS, R, NEXT, SECOND, BUFFERS, BLOCK_M, HALF, BLOCK_K, GROUP,
+                step + BUFFERS - 1, steps, a, w, o, ow, a_ring, w0_ring, w1_ring, full,
+                tiles_m, tiles_n, K_STEPS, R, NEXT, SECOND, BUFFERS, BLOCK_M, HALF, BLOCK_K, GROUP, WIDE,
             )  # fmt: skip
             step += 1
-        left, right = warpgroup_mma_wait(num_outstanding=0, deps=(left, right))
+        if WIDE:
+            left, right = warpgroup_mma_wait(num_outstanding=0, deps=(left, right))
+        else:
+            left = warpgroup_mma_wait(num_outstanding=0, deps=(left,))
         last = step % BUFFERS
         o_tile = a_ring.index(last)
         ow0 = w0_ring.index(last)
@@ -204,34 +249,20 @@ def _linear_w8a8_wgmma(
             _synchronize()
             _issue(
                 step + BUFFERS - 1, steps, a, w, o, ow, a_ring, w0_ring, w1_ring, full, tiles_m, tiles_n,
-                K_STEPS, R, NEXT, SECOND, BUFFERS, BLOCK_M, HALF, BLOCK_K, GROUP,
+                K_STEPS, R, NEXT, SECOND, BUFFERS, BLOCK_M, HALF, BLOCK_K, GROUP, WIDE,
             )  # fmt: skip
+            mbarrier.wait(full.index(last), (step // BUFFERS) & 1)
+            step += 1
             kind: gl.constexpr = o.dtype
             wide: gl.constexpr = o.layout
             depth: gl.constexpr = o.block_type.shape[1]
             o_tile = o_tile._reinterpret(kind, [BLOCK_M, depth], wide)
             ow0 = ow0._reinterpret(kind, [HALF, depth], wide)
             ow1 = ow1._reinterpret(kind, [HALF, depth], wide)
-            mbarrier.wait(full.index(last), (step // BUFFERS) & 1)
-            step += 1
-        y = _finished(
-            left, token, zero, zero_point, weight_scale, weight_sum, bias, n, rows, o_tile, ow0, R, CODES, HALF, OUT
+        _write(
+            left, right, o_tile, ow0, ow1, c, staging, scale, scale_stride, zero_point, zero_point_stride,
+            weight_scale, weight_sum, bias, M, rows, m, n, R, CODES, ACT, SECOND, BLOCK_M, HALF, OUT, WIDE,
         )  # fmt: skip
-        if ACT < 0:
-            _store(c, staging, y.to(c.dtype), m, n)
-            y = _finished(
-                right, token, zero, zero_point, weight_scale, weight_sum, bias, n + SECOND, rows, o_tile, ow1,
-                R, CODES, HALF, OUT,
-            )  # fmt: skip
-            _store(c, staging, y.to(c.dtype), m, n + SECOND)
-        else:
-            # Rounded after every step, as eager PyTorch does.
-            gate = _activation(y.to(c.dtype).to(gl.float32), ACT).to(c.dtype)
-            y = _finished(
-                right, token, zero, zero_point, weight_scale, weight_sum, bias, n + SECOND, rows, o_tile, ow1,
-                R, CODES, HALF, OUT,
-            )  # fmt: skip
-            _store(c, staging, (gate.to(gl.float32) * y.to(c.dtype).to(gl.float32)).to(c.dtype), m, n)
     tma.store_wait(0)
 
 
@@ -303,6 +334,13 @@ def _aligned(matrix: Tensor) -> Tensor:
     return matrix if aligned and matrix.stride(1) == 1 else matrix.clone(memory_format=torch.contiguous_format)
 
 
+def is_wide(m: int, n: int, multiprocessors: int) -> bool:
+    """Whether a product takes tiles of both halves: unless there are fewer of them than multiprocessors, and no more
+    narrow ones than those either."""
+    tall = -(-m // BLOCK_M)
+    return not (tall * -(-n // (2 * HALF)) < tall * -(-n // HALF) <= multiprocessors)
+
+
 def _launch(
     codes: Tensor, scale: Tensor, zero_point: Tensor | None, weight: Tensor, weight_scale: Tensor,
     weight_sum: Tensor | None, bias: Tensor | None, outliers: Tensor | None, outlier_weight: Tensor | None,
@@ -312,10 +350,12 @@ def _launch(
     m, k = codes.shape
     n = out.shape[1]
     gated = act != NO_ACTIVATION
-    step, second = (HALF, n) if gated else (2 * HALF, HALF)
+    multiprocessors = torch.cuda.get_device_properties(codes.device).multi_processor_count
+    wide = gated or is_wide(m, n, multiprocessors)
+    step, second = (HALF, n) if gated or not wide else (2 * HALF, HALF)
     r = 0 if outliers is None else outliers.shape[1]
     tiles = -(-m // BLOCK_M) * -(-n // step)
-    programs = min(tiles, torch.cuda.get_device_properties(codes.device).multi_processor_count)
+    programs = min(tiles, multiprocessors)
     a, w = descriptor(codes, BLOCK_M, BLOCK_K), descriptor(weight, HALF, BLOCK_K)
     o = ow = None
     if r:
@@ -327,5 +367,6 @@ def _launch(
         a, w, o, ow, descriptor(out, BLOCK_M, HALF), scale, scale.stride(0),
         zero_point, 0 if zero_point is None else zero_point.stride(0), weight_scale, weight_sum, bias,
         m, n, weight.shape[0], K=k, R=r, CODES=code_columns, ACT=act, NEXT=step, SECOND=second,
-        BUFFERS=BUFFERS, BLOCK_M=BLOCK_M, HALF=HALF, BLOCK_K=BLOCK_K, GROUP=GROUP, num_warps=WARPS,
+        BUFFERS=BUFFERS if wide else NARROW_BUFFERS, BLOCK_M=BLOCK_M, HALF=HALF, BLOCK_K=BLOCK_K, GROUP=GROUP,
+        WIDE=wide, num_warps=WARPS,
     )  # fmt: skip

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import triton
@@ -30,22 +32,12 @@ from lowering.triton.launch import (
     traceable,
     wrap_triton,
 )
+from lowering.triton.tuning import WGMMA, Choice, Tile, chosen
 
 GROUP_M = 8
 # Up to so many rows a program gathers the outlier columns of its weight tile itself, from the L2 it has just filled.
 # With more, several programs would gather the same ones: they are gathered once, beforehand.
 GATHER_ROWS = 128
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Rows, channels and depth of one program's tile, its warps and the depth of its software pipeline."""
-
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
 
 
 # (rows up to, channels up to, tile), the first that fits: best of a few on one H100 for the layers of a Llama-3-8B.
@@ -117,26 +109,38 @@ def load_tile(pointers, has_row, inside, EVEN_ROWS: tl.constexpr, EVEN_DEPTH: tl
 
 
 @triton.jit
+def add_product(y, o, w):
+    """`y + o @ wᵀ` in fp32."""
+    if INTERPRETED or (w.dtype != o.dtype and w.dtype != tl.int8):
+        y = tl.dot(o.to(tl.float32), w.to(tl.float32).T, y, input_precision="ieee")
+    else:
+        y = tl.dot(o, w.to(o.dtype).T, y, input_precision="ieee")
+    return y
+
+
+@triton.jit
 def add_outliers(
     y, outliers, right, columns, has_row, has_col, R: tl.constexpr, BLOCK_R: tl.constexpr
 ):  # fmt: skip
     """`y + outliers @ rightᵀ` in fp32, given pointers to rows; of `right` the first R columns, or those listed.
 
-    int8 weights are exact in any float.
+    int8 weights are exact in any float. Of listed columns, which are scattered reads, those are left out that no row of
+    the tile has a value in: most places of LLM.int8() are empty in most calls.
     """
-    element = outliers.dtype.element_ty
-    kind = right.dtype.element_ty
-    for start in range(0, R, BLOCK_R):
-        r = start + tl.arange(0, BLOCK_R)
-        at = r
-        if columns is not None:
-            at = tl.load(columns + r, mask=r < R, other=0).to(tl.int32)
-        o = tl.load(outliers + r[None, :], mask=has_row[:, None] & (r < R)[None, :], other=0.0)
-        w = tl.load(right + at[None, :], mask=has_col[:, None] & (r < R)[None, :], other=0)
-        if INTERPRETED or (kind != element and kind != tl.int8):
-            y = tl.dot(o.to(tl.float32), w.to(tl.float32).T, y, input_precision="ieee")
-        else:
-            y = tl.dot(o, w.to(element).T, y, input_precision="ieee")
+    if columns is None:
+        for start in range(0, R, BLOCK_R):
+            r = start + tl.arange(0, BLOCK_R)
+            o = tl.load(outliers + r[None, :], mask=has_row[:, None] & (r < R)[None, :], other=0.0)
+            w = tl.load(right + r[None, :], mask=has_col[:, None] & (r < R)[None, :], other=0)
+            y = add_product(y, o, w)
+    else:
+        for start in tl.static_range(0, R, BLOCK_R):
+            r = start + tl.arange(0, BLOCK_R)
+            o = tl.load(outliers + r[None, :], mask=has_row[:, None] & (r < R)[None, :], other=0.0)
+            if tl.max(tl.max((o != 0.0).to(tl.int32), 1), 0) > 0:
+                at = tl.load(columns + r, mask=r < R, other=0).to(tl.int32)
+                w = tl.load(right + at[None, :], mask=has_col[:, None] & (r < R)[None, :], other=0)
+                y = add_product(y, o, w)
     return y
 
 
@@ -217,9 +221,10 @@ def _linear_w8a16_kernel(
         w = load_tile(w_pointers, has_col, depth < K - start, EVEN_N, K % BLOCK_K == 0)
         # A code fits bf16 and fp16 exactly; the channel's scale comes after the sum.
         if INTERPRETED:
-            y = tl.dot(a.to(tl.float32), w.to(tl.float32).T, y, input_precision="ieee")
+            a, w = a.to(tl.float32), w.to(tl.float32)
         else:
-            y = tl.dot(a, w.to(x.dtype.element_ty).T, y, input_precision="ieee")
+            w = w.to(x.dtype.element_ty)
+        y = tl.dot(a, w.T, y, input_precision="ieee")
         x_pointers += BLOCK_K
         w_pointers += BLOCK_K
     y *= tl.load(weight_scale + first_n + cols, mask=has_col, other=0.0)[None, :]
@@ -250,7 +255,7 @@ def _gemv_w8a16_kernel(
 
 
 @functools.cache
-def _shared_memory(device: torch.device) -> int:
+def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory one program may use; an H100's where there is no GPU to ask."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return 227 * 1024
@@ -271,6 +276,24 @@ def choose_tile(tiles: Tiles, rows: int, n: int, k: int, bytes_per_k: tuple[int,
         depth = max(32, min(tile.k, triton.next_power_of_2(k)))
     stage = (tile.m * bytes_per_k[0] + tile.n * bytes_per_k[1]) * depth
     return replace(tile, k=depth, stages=max(1, min(tile.stages, shared // stage)))
+
+
+_FORCED: list[Choice | None] = []
+
+
+@contextmanager
+def forced(choice: Choice | None) -> Iterator[None]:
+    """What `measured` answers within: for the search itself, to which no table may answer."""
+    _FORCED.append(choice)
+    try:
+        yield
+    finally:
+        _FORCED.pop()
+
+
+def measured(device: torch.device, rows: int, n: int, k: int) -> Choice | None:
+    """The choice measured for this chip and layer, if there is one."""
+    return _FORCED[-1] if _FORCED else chosen(device, rows, n, k)
 
 
 def _count(size: int, tile: int) -> int:
@@ -328,7 +351,10 @@ def linear_w8a8_tiles(
         left, outlier_weight, r = as_rows(outliers), _weight_rows(outlier_weight), outliers.shape[-1]
         if torch.float32 in (outliers.dtype, outlier_weight.dtype):
             tiles = W8A8_FP32_OUTLIER_TILES
-    tile = choose_tile(tiles, expected_rows(m), n, k, (1, 1), _shared_memory(codes.device))
+    found = measured(codes.device, expected_rows(m), n, k) if tiles is W8A8_TILES else None
+    if not isinstance(found, Tile):
+        found = choose_tile(tiles, expected_rows(m), n, k, (1, 1), shared_memory(codes.device))
+    tile = found
     wrap_triton(_linear_w8a8_kernel)[(_count(m, tile.m) * _count(n, tile.n),)](
         rows.data, rows.stride, scales, scales.stride(0), zeros, 0 if zeros is None else zeros.stride(0),
         weight, weight.stride(0), weight_scale.contiguous(), sums, None if bias is None else bias.contiguous(),
@@ -342,7 +368,7 @@ def linear_w8a8_tiles(
 
 
 @functools.cache
-def _hopper(device: torch.device) -> bool:
+def on_hopper(device: torch.device) -> bool:
     """True for a GPU that has `wgmma`, under a Triton that has the Gluon it takes."""
     if device.type != "cuda" or not torch.cuda.is_available() or torch.cuda.get_device_capability(device) != (9, 0):
         return False
@@ -362,7 +388,7 @@ def _fills_hopper(
     Measured on one H100: from 1.9 tiles a multiprocessor on, or one if they are deep.
     """
     n, k = weight.shape
-    if not _hopper(codes.device):
+    if not on_hopper(codes.device):
         return "needs a Hopper GPU and a Triton with Gluon for it"
     if dtype not in (torch.bfloat16, torch.float16) or k % 16 or n % 16 or k > MAX_K or k == 0:
         return "takes bf16 and fp16, and N and K in multiples of 16"
@@ -372,7 +398,11 @@ def _fills_hopper(
             return "takes up to 64 outlier columns of the output's dtype, in multiples of 8"
         if columns is None and (outlier_weight is None or outlier_weight.dtype != dtype):
             return "takes outlier weights of the output's dtype"
-    tiles = _count(expected_rows(math.prod(codes.shape[:-1])), 128) * _count(n, step)
+    rows = expected_rows(math.prod(codes.shape[:-1]))
+    found = measured(codes.device, rows, n, k)
+    if found is not None:
+        return found == WGMMA or f"{found} was measured to be faster"
+    tiles = _count(rows, 128) * _count(n, step)
     enough = 128 if k >= 8192 and codes.numel() >= 1024 * k else 250
     return tiles >= enough or f"{tiles} tiles are too few for persistent programs"
 
@@ -458,7 +488,7 @@ def linear_w8a16_tiles(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Te
     tiles = W8A16_FP32_TILES if x.dtype == torch.float32 else W8A16_TILES
     # The widened weight tile passes through shared memory beside the stages: leave room for it.
     sizes = (x.dtype.itemsize, 1 + x.dtype.itemsize)
-    tile = choose_tile(tiles, expected_rows(m), n, k, sizes, _shared_memory(x.device))
+    tile = choose_tile(tiles, expected_rows(m), n, k, sizes, shared_memory(x.device))
     wrap_triton(_linear_w8a16_kernel)[(_count(m, tile.m) * _count(n, tile.n),)](
         rows.data, rows.stride, weight, weight.stride(0), weight_scale, bias, out, m, n,
         K=k, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=GROUP_M,

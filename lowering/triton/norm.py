@@ -19,28 +19,29 @@ from lowering.ops.norm import (
     rms_norm,
 )
 from lowering.ops.norm import normalize as norm_of
-from lowering.triton.launch import MAX_BLOCK, as_rows, empty, rounded, row_block, takes_rows, traceable, wrap_triton
-from lowering.triton.quantize import (
+from lowering.triton.columns import (
     PREPACKED_COLUMNS,
     ROW_PROGRAMS,
+    ROW_PROGRAMS_THRESHOLD,
     Split,
     bits_of,
-    dynamic_split,
-    encode,
-    first_slots,
     inliers,
     outlier_columns,
-    outlier_output,
+    programs,
     raise_absmax,
+    search,
+    search_rows,
+    static_split,
+    store_gathered,
+)
+from lowering.triton.launch import MAX_BLOCK, as_rows, empty, rounded, row_block, takes_rows, traceable, wrap_triton
+from lowering.triton.quantize import (
+    encode,
+    outlier_output,
     row_extent,
     row_outputs,
     row_scale,
-    scatter_outliers,
-    search_rows,
-    slots_at,
     split_quantize_rows_dynamic,
-    static_split,
-    store_gathered,
 )
 
 
@@ -111,10 +112,9 @@ def _rms_norm_kernel(
 
 @triton.jit
 def _norm_quantize_kernel(
-    x, x_stride, residual, residual_stride, weight, bias, slots, bits, columns, overflow, threshold,
-    hidden, codes, scale, zero_point, outliers, eps, offset,
-    K: tl.constexpr, R: tl.constexpr, LAYER: tl.constexpr, ROUND_FIRST: tl.constexpr, SYMMETRIC: tl.constexpr,
-    LOW: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+    x, x_stride, residual, residual_stride, weight, bias, marks, hidden, codes, scale, zero_point, outliers,
+    eps, offset, K: tl.constexpr, R: tl.constexpr, LAYER: tl.constexpr, ROUND_FIRST: tl.constexpr,
+    SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x += row * x_stride
@@ -122,10 +122,9 @@ def _norm_quantize_kernel(
     if residual is not None:
         residual += row * residual_stride
         hidden += row * K
-    first = first_slots(bits, columns, overflow, threshold, K, R, LOW, THRESHOLD, BLOCK)
     mean, reciprocal = row_statistics(x, residual, hidden, eps, K, LAYER, BLOCK)
-    if slots is not None:  # early: loads that wait for one another
-        column, taken = outlier_columns(slots, K, R, THRESHOLD, BLOCK_R)
+    if marks is not None:  # early: loads that wait for one another
+        column, taken = outlier_columns(marks, K, R, BLOCK_R)
         value = normalize(
             x, residual, hidden, weight, bias, column, taken, mean, reciprocal, offset, LAYER, ROUND_FIRST
         )  # fmt: skip
@@ -138,7 +137,7 @@ def _norm_quantize_kernel(
             x, residual, hidden, weight, bias, cols, cols < K, mean, reciprocal, offset, LAYER, ROUND_FIRST
         )  # fmt: skip
         y = tl.where(cols < K, y, 0.0)
-        above, below = row_extent(inliers(y, slots_at(slots, first, cols, cols < K)), SYMMETRIC)
+        above, below = row_extent(inliers(y, marks, cols, cols < K), SYMMETRIC)
         high = tl.maximum(high, above)
         low = tl.maximum(low, below)
     s, inverse, zero = row_scale(high, low, SYMMETRIC)
@@ -147,14 +146,12 @@ def _norm_quantize_kernel(
         y = normalize(
             x, residual, hidden, weight, bias, cols, cols < K, mean, reciprocal, offset, LAYER, ROUND_FIRST
         )  # fmt: skip
-        slot = slots_at(slots, first, cols, cols < K)
+        y = inliers(y, marks, cols, cols < K)
         # Loads before stores: the compiler merges equal loads only when nothing is written in between.
         h = load_hidden(x, residual, hidden, cols, cols < K)
-        tl.store(codes + cols, encode(inliers(y, slot), inverse, zero, SYMMETRIC), mask=cols < K)
+        tl.store(codes + cols, encode(y, inverse, zero, SYMMETRIC), mask=cols < K)
         if residual is not None:
             tl.store(hidden + cols, rounded(h, hidden.dtype.element_ty), mask=cols < K)
-        if bits is not None:
-            scatter_outliers(outliers + row * R, y, slot)
     tl.store(scale + row, s)
     if not SYMMETRIC:
         tl.store(zero_point + row, zero)
@@ -162,10 +159,11 @@ def _norm_quantize_kernel(
 
 @triton.jit
 def _norm_absmax_kernel(
-    x, x_stride, residual, residual_stride, weight, bias, hidden, absmax, eps, offset, M,
-    K: tl.constexpr, LAYER: tl.constexpr, ROUND_FIRST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x, x_stride, residual, residual_stride, weight, bias, hidden, bits, floor, eps, offset, M,
+    K: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK: tl.constexpr,
+    LAYER: tl.constexpr, ROUND_FIRST: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The residual sum of `ROWS` rows, stored, and the column absmax of their norm (as bits), joined across programs.
+    """The residual sum of `ROWS` rows, stored, and the column absmax of their norm (see `lowering.triton.columns`).
 
     The norm itself is computed again by the kernel that quantizes it: storing it would cost as much as reading the
     rows twice.
@@ -187,7 +185,7 @@ def _norm_absmax_kernel(
         if residual is not None:
             h = load_hidden(at, other, hidden, cols, cols < K)
             tl.store(hidden + row * K + cols, rounded(h, hidden.dtype.element_ty), mask=cols < K)
-    raise_absmax(absmax + cols, best, cols < K)
+    raise_absmax(bits, best, cols, floor, K, THRESHOLD)
 
 
 def _norm_dtype(x: torch.dtype, weight: Tensor | None, round_first: bool) -> torch.dtype:
@@ -223,7 +221,7 @@ def _norm_quantize(
         wrap_triton(_norm_quantize_kernel)[(rows.count,)](
             rows.data, rows.stride, None if added is None else added.data, 0 if added is None else added.stride,
             None if weight is None else weight.contiguous(), None if bias is None else bias.contiguous(),
-            *split.arguments(), None if residual is None else hidden, codes, scale,
+            split.marks, None if residual is None else hidden, codes, scale,
             None if symmetric else zero_point, outliers if split.count else None, eps, offset,
             K=k, LAYER=mode == "layer", ROUND_FIRST=round_first, SYMMETRIC=symmetric,
             BLOCK=block, num_warps=warps, **split.constants(),
@@ -248,21 +246,18 @@ def _norm_quantize_dynamic(
     rows, added = as_rows(x), None if residual is None else as_rows(residual)
     m, k, round_first = rows.count, rows.width, mode == "rms_round_first"
     hidden = x if residual is None else torch.empty(x.shape, dtype=dtype, device=x.device)
-    bits = torch.zeros(k, dtype=torch.int32, device=x.device)
-    if not empty(m):
-        block, warps = row_block(k)
-        group = search_rows(m, 1, 1, ROW_PROGRAMS)
-        wrap_triton(_norm_absmax_kernel)[((m + group - 1) // group,)](
-            rows.data, rows.stride, None if added is None else added.data, 0 if added is None else added.stride,
-            None if weight is None else weight.contiguous(), None if bias is None else bias.contiguous(),
-            None if residual is None else hidden, bits, eps, offset, m,
-            K=k, LAYER=mode == "layer", ROUND_FIRST=round_first, ROWS=group, BLOCK=block, num_warps=warps,
-        )  # fmt: skip
-    split = dynamic_split(bits, m, capacity, threshold, _norm_dtype(dtype, weight, round_first))
-    assert split.columns is not None
-    assert split.overflow is not None
+    found = search(k, capacity, threshold, _norm_dtype(dtype, weight, round_first), x.device)
+    block, warps = row_block(k)
+    group = search_rows(m, 1, 1, ROW_PROGRAMS_THRESHOLD if threshold > 0.0 else ROW_PROGRAMS)
+    wrap_triton(_norm_absmax_kernel)[(programs(m, group),)](
+        rows.data, rows.stride, None if added is None else added.data, 0 if added is None else added.stride,
+        None if weight is None else weight.contiguous(), None if bias is None else bias.contiguous(),
+        None if residual is None else hidden, *found.arguments(), eps, offset, m,
+        BLOCK=block, LAYER=mode == "layer", ROUND_FIRST=round_first, ROWS=group, num_warps=warps, **found.constants(),
+    )  # fmt: skip
+    split, columns, overflow = found.result()
     rest = _norm_quantize(hidden, None, weight, bias, eps, offset, mode, split, symmetric)[1:]
-    return (hidden, *rest, split.columns, split.overflow.view(()))
+    return (hidden, *rest, columns, overflow)
 
 
 @rms_norm.impl("triton", when=lambda x, weight, *rest: takes_rows(x, weight))

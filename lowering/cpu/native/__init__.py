@@ -109,8 +109,10 @@ def _operator(reference: Callable[..., Any], fake: Callable[..., Any]) -> torch.
 
 def _quantized(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     one = (*x.shape[:-1], 1)
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(one, dtype=torch.float32), x.new_empty(
-        one, dtype=torch.int32
+    return (
+        x.new_empty(x.shape, dtype=torch.int8),
+        x.new_empty(one, dtype=torch.float32),
+        x.new_empty(one, dtype=torch.int32),
     )
 
 
