@@ -40,7 +40,8 @@ class Replay(fx.Interpreter):
     the memory of a model.
     """
 
-    def __init__(self, program: Program, arguments: Arguments) -> None:
+    def __init__(self, program: Program, arguments: Arguments, store: Store | None = None) -> None:
+        """`store` keeps what it derives, for others to read; without one nothing is kept."""
         super().__init__(program.gm, garbage_collect_values=True)
         self.program, self.arguments = program, arguments
         self.nodes: list[fx.Node] = list(program.graph.nodes)
@@ -48,7 +49,7 @@ class Replay(fx.Interpreter):
         self.result: Any = None
         """Of the graph, once it is done."""
         self._values = self._inputs()
-        self._store, self._stored = Store(), tuple[Constant, ...]()
+        self._kept, self._store, self._stored = store, Store(), tuple[Constant, ...]()
 
     def _inputs(self) -> dict[str, Any]:
         """The placeholders' values; what the graph writes into is copied, so that the caller's tensors stay."""
@@ -65,6 +66,8 @@ class Replay(fx.Interpreter):
 
     def value(self, constant: Constant) -> Tensor:
         """The real tensor of a constant. Those of one weight (codes and scale) come one after the other, and share."""
+        if self._kept is not None:
+            return self._kept.value(constant, lambda p: self.arguments[p.position])  # type: ignore[index]
         if constant.parameters() != self._stored:
             self._store, self._stored = Store(), constant.parameters()
         return self._store.value(constant, lambda p: self.arguments[p.position])  # type: ignore[index]
@@ -173,8 +176,8 @@ def linear_names(site: Site) -> list[str]:
 class Timed(Replay):
     """A replay that notes how long every node takes."""
 
-    def __init__(self, program: Program, arguments: Arguments) -> None:
-        super().__init__(program, arguments)
+    def __init__(self, program: Program, arguments: Arguments, store: Store) -> None:
+        super().__init__(program, arguments, store)
         self.seconds: dict[fx.Node, float] = {}
 
     def run_node(self, n: fx.Node) -> Any:
