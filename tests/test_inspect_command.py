@@ -23,7 +23,8 @@ from int8pass.inspect.report import ReportError
 
 
 def invoke(*arguments: object) -> Any:
-    result = CliRunner().invoke(cli.app, ["inspect", *map(str, arguments), "--device", "cpu"])
+    options = ["--device", "cpu"] if "--profile" in arguments else ["--device", "cpu", "--no-profile"]
+    result = CliRunner().invoke(cli.app, ["inspect", *map(str, arguments), *options])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result

@@ -37,7 +37,7 @@ def with_outliers() -> tuple[nn.Module, list[Tensor]]:
 @pytest.fixture(scope="module")
 def measured() -> tuple[nn.Module, list[Tensor], Report]:
     made, batches = with_outliers()
-    return made, batches, int8pass.inspect(made, batches[0], data=batches)
+    return made, batches, int8pass.inspect(made, batches[0], data=batches, profile=False)
 
 
 def sqnr(expected: list[Tensor], found: list[Tensor]) -> float:
@@ -120,14 +120,14 @@ def test_histograms_curves_times_and_bytes(measured: tuple[nn.Module, list[Tenso
 
 def test_fixes_are_measured_and_proposed(measured: tuple[nn.Module, list[Tensor], Report]) -> None:
     made, batches, _ = measured
-    report = int8pass.inspect(made, batches[0], recipe="w8a8", data=batches, schemes=False, sensitivity=False)
+    report = int8pass.inspect(made, batches[0], recipe="w8a8", data=batches, schemes=False, sensitivity=False, profile=False)
     text = str(report)
     assert 'replace(recipe.at("gate")' in text
     start = text.index("from dataclasses import replace")
     end = text.index("  })", start)
     scope: dict[str, object] = {"recipe": int8pass.Recipe.preset("w8a8")}
     exec(text[start:end].replace("\n  ", "\n") + "\n})", scope)
-    mended = int8pass.inspect(made, batches[0], recipe=scope["recipe"], data=batches, schemes=False, sensitivity=False)
+    mended = int8pass.inspect(made, batches[0], recipe=scope["recipe"], data=batches, schemes=False, sensitivity=False, profile=False)
     before, after = report.sites[0], next((s for s in mended.sites if s.name == "gate"), None)
     promised = {name: found for name, found, _ in before.fixes}["64 columns"]
     assert after is not None
@@ -181,7 +181,7 @@ def test_stages_follow_the_graph() -> None:
 def test_two_graphs_are_measured_and_the_break_is_named() -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 32)
-    report = int8pass.inspect(Breaks(), x, data=[x], schemes=False)
+    report = int8pass.inspect(Breaks(), x, data=[x], schemes=False, profile=False)
     assert [site.graph for site in report.sites] == [0, 1]
     assert all(site.errors.final is not None for site in report.sites)
     assert any("graph_break" in reason and "test_inspect.py" in reason for reason in report.breaks)
@@ -206,7 +206,7 @@ def test_measuring_writes_into_the_callers_tensors_once_a_call() -> None:
     torch.manual_seed(0)
     made, x = Caches().eval(), torch.randn(4, 32)
     twin, total, expected = copy.deepcopy(made), torch.zeros(32), torch.zeros(32)
-    report = int8pass.inspect(made, (x, total), data=[(x, total)])
+    report = int8pass.inspect(made, (x, total), data=[(x, total)], profile=False)
     with torch.no_grad():
         for _ in range(2):  # the inputs themselves, and the batch
             twin(x, expected)

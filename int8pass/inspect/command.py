@@ -33,6 +33,7 @@ class Request:
     text: Path | None = None
     windows: int = 4
     sensitivity: bool = True
+    profile: bool = True
     outputs: tuple[Path, ...] = ()
     stage: str | None = None
 
@@ -65,8 +66,9 @@ def inspect_subject(request: Request, subject: Subject, progress: Progress) -> R
         data = text_batches(subject, request.text, request.length, request.windows)
     args, *batches = [_without_cache(subject, inputs) for inputs in (subject.args, *data)]
     return inspect(
-        subject.model, args, recipe=request.recipe, data=batches, sensitivity=request.sensitivity, progress=progress
-    )
+        subject.model, args, recipe=request.recipe, data=batches, sensitivity=request.sensitivity,
+        profile=request.profile, progress=progress,
+    )  # fmt: skip
 
 
 def _without_cache(subject: Subject, inputs: Any) -> Any:

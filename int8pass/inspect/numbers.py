@@ -35,9 +35,10 @@ class Noise:
 
     def add(self, expected: Tensor, found: Tensor) -> None:
         """Count in two tensors of one shape."""
-        difference = found.float() - expected.float()
-        self.signal += float(expected.float().square().sum(dtype=torch.float64))
-        self.noise += float(difference.square().sum(dtype=torch.float64))
+        signal = expected.detach().float().flatten()
+        noise = found.detach().float().flatten() - signal
+        self.signal += float(signal.dot(signal))
+        self.noise += float(noise.dot(noise))
 
     @property
     def sqnr(self) -> float | None:

@@ -57,7 +57,7 @@ class GraphObserver:
     def see_weights(self, arguments: Arguments, names: Mapping[int, str]) -> None:
         """Weights alone: their channels, their error, the smoothing; `names` are the model's, by id of the tensor."""
         final = self.variant(FINAL)
-        replay, quantized = Replay(self.captured, arguments), Replay(final.program, arguments)
+        replay, quantized = (Replay(p, arguments, lazy=True) for p in (self.captured, final.program))
         divisors = final.divisors(replay)
         for site in self.sites:
             numbers = self.numbers.setdefault(site.name, SiteNumbers())
