@@ -17,7 +17,7 @@ from test_inspect import Breaks, Model, model
 from torch import Tensor, nn
 
 import int8pass
-from int8pass.inspect import dot, trace
+from int8pass.inspect import dot, profiled, timing, trace
 from int8pass.inspect.numbers import ALPHAS, EXACT, Histograms, Noise
 from int8pass.inspect.report import Report, ReportError
 from lowering import numerics
@@ -116,6 +116,48 @@ def test_histograms_curves_times_and_bytes(measured: tuple[nn.Module, list[Tenso
     assert schemes["w8a8"] < schemes["this recipe"]
     assert {row.op for row in report.runtime} >= {"linear_w8a8", "act_mul_quantize_dynamic"}
     assert {row.site for row in report.runtime} >= {"gate", "down"}
+
+
+def test_what_the_compiled_graph_ran(measured: tuple[nn.Module, list[Tensor], Report]) -> None:
+    """Every op of ours is one kernel call, of the site it belongs to; the rest are Inductor's and torch's kernels."""
+    made, batches, by_node = measured
+    assert by_node.runtime_note == timing.NOTE
+    report = int8pass.inspect(made, batches[0], data=batches[:1], schemes=False, sensitivity=False)
+    assert report.runtime_note == profiled.NOTE
+    fused = {node.name: node for node in report.stages[-1].nodes}
+    ours = [row for row in report.runtime if row.site]
+    linears = [row for row in ours if row.op == "linear_w8a8"]
+    assert {(row.site, row.implementation) for row in linears} == {(s.name, s.implementations[0]) for s in report.sites}
+    for row in ours:
+        assert row.calls == 1
+        assert fused[row.name].site == row.site
+        assert fused[row.name].implementation == row.implementation
+    for row in linears:
+        site = next(s for s in report.sites if s.name == row.site)
+        assert site.shape[0] * site.shape[1] < row.bytes <= site.bytes[1]
+    assert "Inductor" in {row.implementation for row in report.runtime}
+    assert all(row.seconds > 0 for row in report.runtime)
+    assert all(set(row.nodes) <= fused.keys() for row in report.runtime)
+    heads = [row for row in report.runtime if row.op in {"mm", "addmm"}]
+    assert {n for row in heads for n in row.nodes} == {n for n in fused if fused[n].op == "linear"}
+
+
+def test_without_a_compiler_single_nodes_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("no compiler here\nand more")
+
+    monkeypatch.setattr(profiled, "compile_observed", fail)
+    made, x = model()
+    report = int8pass.inspect(made, x, data=[x], schemes=False, sensitivity=False)
+    assert report.runtime_note == f"{timing.NOTE}; Inductor failed: RuntimeError: no compiler here"
+    assert {row.site for row in report.runtime} >= {"gate", "down"}
+
+
+def test_kernels_are_named_alike() -> None:
+    same = ("torch.ops.aten.mm.default", "extern_kernels.mm", "aten::mm", "aten.mm")
+    assert {profiled.plain_name(name) for name in same} == {"mm"}
+    assert profiled.plain_name("graph_0_cpp_fused_add_1") == profiled.plain_name("cpp_fused_add_1")
+    assert profiled.plain_name("int8pass_cpu::linear_w8a8") == "linear_w8a8"
 
 
 def test_fixes_are_measured_and_proposed(measured: tuple[nn.Module, list[Tensor], Report]) -> None:
