@@ -245,6 +245,7 @@ def test_an_onnx_file(tmp_path: Path) -> None:
         "both": "MatMul: both operands are activations",
     }
     assert "onnxruntime CPU" in {row.implementation for row in report.runtime}
+    assert "quantized" in {row.site for row in report.runtime}, "what was fused is known by its site"
     assert "ONNX Runtime's optimized graph" in report.runtime_note
     assert "what ran:" in result.stdout
 

@@ -162,14 +162,18 @@ def test_kernels_are_named_alike() -> None:
 
 def test_fixes_are_measured_and_proposed(measured: tuple[nn.Module, list[Tensor], Report]) -> None:
     made, batches, _ = measured
-    report = int8pass.inspect(made, batches[0], recipe="w8a8", data=batches, schemes=False, sensitivity=False, profile=False)
+    report = int8pass.inspect(
+        made, batches[0], recipe="w8a8", data=batches, schemes=False, sensitivity=False, profile=False
+    )
     text = str(report)
     assert 'replace(recipe.at("gate")' in text
     start = text.index("from dataclasses import replace")
     end = text.index("  })", start)
     scope: dict[str, object] = {"recipe": int8pass.Recipe.preset("w8a8")}
     exec(text[start:end].replace("\n  ", "\n") + "\n})", scope)
-    mended = int8pass.inspect(made, batches[0], recipe=scope["recipe"], data=batches, schemes=False, sensitivity=False, profile=False)
+    mended = int8pass.inspect(
+        made, batches[0], recipe=scope["recipe"], data=batches, schemes=False, sensitivity=False, profile=False
+    )
     before, after = report.sites[0], next((s for s in mended.sites if s.name == "gate"), None)
     promised = {name: found for name, found, _ in before.fixes}["64 columns"]
     assert after is not None

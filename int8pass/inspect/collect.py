@@ -81,9 +81,7 @@ def _silent(title: str, done: int, total: int) -> None:
 class Collector:
     """All graphs of one inspection."""
 
-    def __init__(
-        self, model: nn.Module, recipe: Recipe, wanted: tuple[bool, bool, bool], progress: Progress
-    ) -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe, wanted: tuple[bool, bool, bool], progress: Progress) -> None:
         self.model, self.recipe, self.progress = model, recipe, progress
         self.sensitivity, self.schemes, self.profile = wanted
         self.measuring = self.first = self.last = False

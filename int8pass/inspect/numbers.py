@@ -173,8 +173,9 @@ def alpha_curve(
 ) -> tuple[tuple[float, float], ...]:
     """(α, SQNR in dB) of the linears' results, for the smoothing s_j = max|X_j|^α / max|W_j|^(1−α).
 
-    SmoothQuant (arXiv 2211.10438, equation 4 and figure 10), on at most 64 of the tokens `x[..., K]` and 256
-    of every linear's outputs; activations and weights `[N, K]` as the scheme has them, but without outlier columns, and a static range is that of these tokens.
+    SmoothQuant (arXiv 2211.10438, equation 4 and figure 10), on at most 64 of the tokens `x[..., K]` and 256 of every
+    linear's outputs; activations and weights `[N, K]` as the scheme has them, but without outlier columns, and a static
+    range is that of these tokens.
     """
     rows = x.detach().reshape(-1, x.shape[-1]).float()
     rows = rows[:: max(1, rows.shape[0] // _SAMPLE)][:_SAMPLE]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,11 +78,15 @@ def compile_observed(
 def plain_name(kernel: str) -> str:
     """One name for what the compiler and the profiler call differently.
 
-    `torch.ops.aten.mm.default`, `extern_kernels.mm` and `aten::mm` → `mm`; `graph_0_cpp_fused_add_1` → `cpp_fused_add_1`.
+    `torch.ops.aten.mm.default`, `extern_kernels.mm`, `aten::mm` → `mm`; `graph_0_cpp_fused_add` → `cpp_fused_add`;
+    Triton kernels that Inductor did not write get a number when they are emitted: `_gemm_kernel_3` → `_gemm_kernel`.
     """
     kernel = re.sub(r"^graph_\d+_", "", kernel)
+    if _generated(kernel):
+        return kernel
     kernel = re.sub(r"^torch\.ops\.\w+\.(\w+)(\.\w+)?$", r"\1", kernel)
-    return kernel.rpartition("::")[2].removeprefix("extern_kernels.").removeprefix("aten.")
+    kernel = kernel.rpartition("::")[2].removeprefix("extern_kernels.").removeprefix("aten.")
+    return re.sub(r"_\d+$", "", kernel)
 
 
 def events(function: Callable[..., Any], arguments: Arguments) -> list[tuple[str, float]]:
@@ -119,52 +123,51 @@ def _is_region(event: Any) -> bool:
     return bool(event.name.startswith(_REGIONS))
 
 
-def rows(
-    lowered: Lowered, kernels: Kernels, found: Sequence[tuple[str, float]], sites: Mapping[str, str]
-) -> list[Ran]:
+def rows(lowered: Lowered, kernels: Kernels, found: Sequence[tuple[str, float]], sites: Mapping[str, str]) -> list[Ran]:
     """One row per call of an op of ours, one per kernel for all others; the slowest first.
 
     Where a kernel ran another number of times than it was emitted (in the branch of a condition, say), its calls cannot
     be told apart: they are one row without nodes.
     """
     by_name = {n.name: n for n in lowered.program.graph.nodes}
-    order = {name: i for i, name in enumerate(by_name)}
-    ran = Counter(_matched(name, kernels) for name, _ in found)
-    place, ours, others = Counter[str](), [], dict[str, list[tuple[float, tuple[str, ...]]]]()
-    for event, seconds in found:
-        name = _matched(event, kernels)
-        emitted = kernels.nodes.get(name, [])
-        nodes = emitted[place[name]] if len(emitted) == ran[name] else ()
-        place[name] += 1
-        known = sorted((n for n in nodes if n in by_name), key=order.__getitem__)
-        if not _generated(name):
-            known = known[-1:]  # an operator is one node; those before it are what its arguments came from
-        node = by_name[known[-1]] if known else None
-        if node is not None and not _generated(name) and "int8pass.implementation" in node.meta:
-            implementation, op = node.meta["int8pass.implementation"], lowered.ops[node.name]
-            site = sites.get(node.meta.get(LINEAR) or "", "")
-            ours.append(Ran(node.name, op, implementation, 1, seconds, constant_bytes([node]), site, (node.name,)))
+    ours: list[Ran] = []
+    others: dict[str, list[tuple[float, list[fx.Node]]]] = defaultdict(list)
+    for (event, seconds), names in zip(found, _nodes_of_calls(kernels, [name for name, _ in found])):
+        nodes = [node for name, node in by_name.items() if name in names]  # in the order of the graph
+        if not _generated(event):
+            nodes = nodes[-1:]  # an operator is one node; those before it are what its arguments came from
+        if nodes and not _generated(event) and "int8pass.implementation" in nodes[0].meta:
+            ours.append(_of_ours(nodes[0], seconds, lowered, sites))
         else:
-            others.setdefault(event, []).append((seconds, tuple(known)))
-    for event, calls in others.items():
-        nodes = tuple(dict.fromkeys(n for _, names in calls for n in names))
-        size = constant_bytes([by_name[n] for n in nodes if n in by_name])
-        maker = "Inductor" if _generated(_matched(event, kernels)) else "torch"
-        op = plain_name(event)
-        ours.append(Ran(event, op, maker, len(calls), sum(s for s, _ in calls), size, "", nodes))
-    return sorted(ours, key=lambda row: -row.seconds)
+            others[event].append((seconds, nodes))
+    return sorted([*ours, *(_of_others(*item) for item in others.items())], key=lambda row: -row.seconds)
 
 
-def _matched(event: str, kernels: Kernels) -> str:
-    """The name under which an event's kernel was emitted. Triton kernels of ours are numbered when they are emitted."""
-    name = plain_name(event)
-    if name in kernels.nodes:
-        return name
-    return next((k for k in kernels.nodes if re.fullmatch(re.escape(name) + r"_\d+", k)), name)
+def _nodes_of_calls(kernels: Kernels, names: Sequence[str]) -> Iterator[set[str]]:
+    """For every event, the nodes that it computed; none when they are not known."""
+    ran, place = Counter(map(plain_name, names)), Counter[str]()
+    for name in map(plain_name, names):
+        emitted = kernels.nodes.get(name, [])
+        yield set(emitted[place[name]]) if len(emitted) == ran[name] else set()
+        place[name] += 1
 
 
-def _generated(name: str) -> bool:
-    return name.startswith(("cpp_fused", "triton_")) or "fused" in name
+def _of_ours(node: fx.Node, seconds: float, lowered: Lowered, sites: Mapping[str, str]) -> Ran:
+    implementation, site = node.meta["int8pass.implementation"], sites.get(node.meta.get(LINEAR) or "", "")
+    size = constant_bytes([node])
+    return Ran(node.name, lowered.ops[node.name], implementation, 1, seconds, size, site, (node.name,))
+
+
+def _of_others(event: str, calls: Sequence[tuple[float, list[fx.Node]]]) -> Ran:
+    nodes = dict.fromkeys(node for _, found in calls for node in found)
+    names, maker = tuple(node.name for node in nodes), "Inductor" if _generated(event) else "torch"
+    seconds, op = sum(s for s, _ in calls), plain_name(event)
+    return Ran(event, op, maker, len(calls), seconds, constant_bytes(nodes), "", names)
+
+
+def _generated(kernel: str) -> bool:
+    """By Inductor: `cpp_fused_…`, `triton_poi_fused_…`."""
+    return "fused_" in kernel and "::" not in kernel
 
 
 __all__ = ["NOTE", "Kernels", "compile_observed", "events", "plain_name", "rows"]

@@ -43,9 +43,7 @@ class Replay(fx.Interpreter):
     after: an inspection must not double the memory of a model.
     """
 
-    def __init__(
-        self, program: Program, arguments: Arguments, store: Store | None = None, lazy: bool = False
-    ) -> None:
+    def __init__(self, program: Program, arguments: Arguments, store: Store | None = None, lazy: bool = False) -> None:
         """`store` keeps what it derives, for others to read; without one nothing is kept."""
         super().__init__(program.gm, garbage_collect_values=True)
         self.program, self.arguments = program, arguments
