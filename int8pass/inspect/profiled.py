@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._C._autograd import DeviceType
 from torch._functorch import config as functorch_config
 from torch._guards import TracingContext, tracing
 from torch._inductor import debug
 from torch._inductor.compile_fx import compile_fx_inner
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from int8pass.capture import Program
