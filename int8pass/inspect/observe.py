@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 
 import torch
@@ -53,6 +54,7 @@ class GraphObserver:
     def forget_variants(self) -> None:
         """Let go of all variants but the recipe's own: their graphs are large."""
         self._variants = {key_of(self.recipe): self.variant(FINAL)}
+        gc.collect()  # nodes refer to each other, and a large heap is collected seldom
 
     def see_weights(self, arguments: Arguments, names: Mapping[int, str]) -> None:
         """Weights alone: their channels, their error, the smoothing; `names` are the model's, by id of the tensor."""
