@@ -3,7 +3,7 @@
     python -m benchmarks.inspect_report                     # every part, each in a process of its own
     python -m benchmarks.inspect_report --only structure
 
-`structure`: SmolLM2 without data. `data`: on two windows of 64 tokens, with sensitivity, schemes, times and profile. `page`: the
+`structure`: SmolLM2 without data. `data`: on two windows of 64 tokens, with all that is measured. `page`: the
 report of the last of these in headless Chromium. `meta`: the shape of Llama-3-8B, 32 layers, without weights.
 `architectures`: linears of tiny random models, taken or with a reason, against `nn.Linear` modules and weights read.
 """
