@@ -36,7 +36,9 @@ def _peak() -> int:
 def _smollm2(count: int) -> dict[str, Any]:
     import int8pass
     from int8pass import hub
+    from int8pass.inspect.running import return_large_blocks
 
+    return_large_blocks()  # as the command does
     model, tokenizer = hub.load("smollm2")
     model.config.use_cache = False
     size = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -15,6 +15,7 @@ from int8pass.inspect.collect import inspect
 from int8pass.inspect.compare import diff
 from int8pass.inspect.observe import Progress
 from int8pass.inspect.report import Report, renderer, write
+from int8pass.inspect.running import return_large_blocks
 from int8pass.inspect.subject import Load, Subject, resolve, text_batches
 from int8pass.inspect.worst import UNKNOWN, loss
 from int8pass.recipe import Recipe
@@ -52,6 +53,7 @@ def report_on(request: Request, load: Load, progress: Progress) -> Report:
     Raises:
         Int8PassError: it cannot be loaded, captured or measured.
     """
+    return_large_blocks()
     if Path(request.model).suffix == ".onnx":
         from int8pass.inspect.onnx_file import inspect_onnx
 
