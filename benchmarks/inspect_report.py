@@ -3,7 +3,7 @@
     python -m benchmarks.inspect_report                     # every part, each in a process of its own
     python -m benchmarks.inspect_report --only structure
 
-`structure`: SmolLM2 without data. `data`: on two windows of 64 tokens, with sensitivity, schemes and times. `page`: the
+`structure`: SmolLM2 without data. `data`: on two windows of 64 tokens, with all that is measured. `page`: the
 report of the last of these in headless Chromium. `meta`: the shape of Llama-3-8B, 32 layers, without weights.
 `architectures`: linears of tiny random models, taken or with a reason, against `nn.Linear` modules and weights read.
 """
@@ -36,16 +36,28 @@ def _peak() -> int:
 def _smollm2(count: int) -> dict[str, Any]:
     import int8pass
     from int8pass import hub
+    from int8pass.inspect.running import return_large_blocks
 
+    return_large_blocks()  # as the command does
     model, tokenizer = hub.load("smollm2")
     model.config.use_cache = False
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     windows = hub.windows(tokenizer, 64)
     before, start, cpu = _peak(), time.perf_counter(), time.process_time()
     data = [{"input_ids": w[None]} for w in windows[100 : 100 + count]]
-    report = int8pass.inspect(model, {"input_ids": windows[:1]}, data=data)
-    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    found: dict[str, Any] = {"seconds": round(seconds, 1), "cpu seconds": round(cpu, 1), **report.counts}
+    phases: dict[str, Any] = {}
+
+    def progress(title: str, done: int, total: int) -> None:
+        if done == total:
+            phases[title] = {"peak / model": round(_peak() / size, 2), "cpu s": round(time.process_time() - cpu, 1)}
+            print(title, phases[title], flush=True)
+
+    report = int8pass.inspect(model, {"input_ids": windows[:1]}, data=data, progress=progress)
+    seconds, spent = time.perf_counter() - start, time.process_time() - cpu
+    found: dict[str, Any] = {"seconds": round(seconds, 1), "cpu seconds": round(spent, 1), **report.counts}
+    found["until the end of"] = phases
+    if report.runtime:
+        found["what ran"] = report.runtime_note
     found |= {"model bytes": size, "peak bytes": _peak(), "peak / model": round(_peak() / size, 2)}
     found["peak before inspecting, bytes"] = before
     if report.output_sqnr is not None:

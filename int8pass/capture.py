@@ -9,6 +9,7 @@ Never looks at weights' values.
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,6 +57,7 @@ class Program:
         output, old = (next(n for n in reversed(g.nodes) if n.op == "output") for g in (graph, self.graph))
         output.meta.update(old.meta)
         gm = fx.GraphModule(self.gm, graph)
+        gm._buffers.clear()  # constants are plain attributes, and the compiler looks for the source of a buffer
         constants, placeholders = self.constants.copy(gm), list(self.placeholders)
         return Program(gm, constants, self.fake_mode, placeholders, self.origins, self.evaluated)
 
@@ -154,7 +156,9 @@ def source_name(origin: fx.Node) -> str:
 
 def parameter_path(origin: fx.Node) -> str:
     """The dotted path of a parameter in its root module, from Dynamo's source: `layers.0.self_attn.q_proj.weight`."""
-    parts = source_name(origin).replace('"', "'").split("['")[1:]
+    # What Dynamo had to look up a second time it finds in the module's dictionary: `.__dict__['_modules']['fc']`.
+    name = re.sub(r"\.__dict__\['(_modules|_parameters|_buffers)'\]", r".\1", source_name(origin).replace('"', "'"))
+    parts = name.split("['")[1:]
     keys = [part.split("']")[0] for part in parts]
     # The first key is the local variable that holds the module ('self', 'fn').
     return ".".join(keys[1:]) or origin.name

@@ -174,6 +174,9 @@ def inspect(
     sensitivity: Annotated[
         bool, typer.Option(help="With --text, also quantize one site at a time: half a run of the model per site.")
     ] = True,
+    profile: Annotated[
+        bool, typer.Option(help="With --text, also compile the graph with Inductor and profile what it runs.")
+    ] = True,
     output: Annotated[
         list[Path] | None,
         typer.Option("--output", "-o", help="Write .html, .json, .dot, .svg, .txt or .nodes.json; may be repeated."),
@@ -202,8 +205,9 @@ def inspect(
 
         def request(settings: str) -> command.Request:
             return command.Request(
-                model, _recipe(settings), device_, length, text, windows, sensitivity, tuple(output or ()), stage
-            )
+                model, _recipe(settings), device_, length, text, windows, sensitivity, profile, tuple(output or ()),
+                stage,
+            )  # fmt: skip
 
         with Steps() as progress:
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.source import LocalSource
 from torch._guards import TracingContext
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
 
 from int8pass.capture import Program
@@ -226,13 +226,21 @@ def _keep_static(program: Program, packed: Sequence[Tensor]) -> None:
 _WITHOUT_ASSERTS = {"size_asserts": False, "alignment_asserts": False}
 
 
-def compile_with_inductor(program: Program, inputs: Sequence[Any], config: dict[str, Any]) -> Callable[..., Any]:
-    """Inductor on the lowered graph; `config` patches its configuration for this compilation only."""
+def compile_with_inductor(
+    program: Program,
+    inputs: Sequence[Any],
+    config: dict[str, Any],
+    inner_compile: Callable[..., Any] = compile_fx_inner,
+) -> Callable[..., Any]:
+    """Inductor on the lowered graph; `config` patches its configuration for this compilation only.
+
+    `inner_compile` stands where Inductor compiles what AOTAutograd made of the graph: inspection looks on there.
+    """
     program.graph.eliminate_dead_code()
     program.graph.lint()
     program.gm.recompile()
     _keep_static(program, inputs[len(program.placeholders) :])
     with torch.no_grad():
-        function = compile_fx(program.gm, list(inputs), config_patches=_WITHOUT_ASSERTS | config)
+        function = compile_fx(program.gm, list(inputs), inner_compile, config_patches=_WITHOUT_ASSERTS | config)
     assert callable(function)
     return function

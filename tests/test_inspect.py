@@ -95,7 +95,9 @@ def test_the_text() -> None:
 def test_the_text_with_data() -> None:
     inspected, x = model()
     torch.manual_seed(1)
-    report = int8pass.inspect(inspected, x, data=[torch.randn(2, 5, 32) for _ in range(2)], schemes=False)
+    report = int8pass.inspect(
+        inspected, x, data=[torch.randn(2, 5, 32) for _ in range(2)], schemes=False, profile=False
+    )
     timeless = tuple(dataclasses.replace(site, seconds=None) for site in report.sites)
     assert portable_text(dataclasses.replace(report, sites=timeless, runtime=())) == GOLDEN_DATA
     ran = str(report).split("what ran:\n")[1]
@@ -161,7 +163,7 @@ def test_inspecting_changes_nothing() -> None:
     expected, attributes = call(inspected, x), set(vars(inspected))
     int8pass.inspect(inspected, x)
     int8pass.inspect(inspected, {"x": x})
-    int8pass.inspect(inspected, (x,), data=[x])
+    int8pass.inspect(inspected, (x,), data=[x], profile=False)
     assert all(torch.equal(p, state[name]) for name, p in inspected.state_dict().items())
     assert set(vars(inspected)) - {"_is_torch_compile"} == attributes  # torch.compile's own mark
     assert torch.equal(call(inspected, x), expected)

@@ -60,7 +60,7 @@ def case(request: pytest.FixtureRequest) -> Case:
     torch._dynamo.reset()
     model = planted()
     recipe = int8pass.calibrate(model, batches(), request.param)
-    return Case(model, recipe, int8pass.inspect(model, batches()[0], recipe=recipe, data=batches()[:2]))
+    return Case(model, recipe, int8pass.inspect(model, batches()[0], recipe=recipe, data=batches()[:2], profile=False))
 
 
 def test_names_and_alphas_are_those_of_the_calibration(case: Case) -> None:
@@ -177,7 +177,7 @@ def test_every_kind_of_calibrated_recipe_is_measured(name: str) -> None:
     recipe = Recipe(SCHEMES[name])
     if name != "plain groups":
         recipe = int8pass.calibrate(model, data, recipe)
-    report = int8pass.inspect(model, data[0], recipe=recipe, data=data, schemes=False)
+    report = int8pass.inspect(model, data[0], recipe=recipe, data=data, schemes=False, profile=False)
     noise = Noise()
     for x in data:
         with torch.no_grad():

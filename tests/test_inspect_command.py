@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_hub import write_gguf
 from torch import Tensor, nn
 
 pytest.importorskip("transformers")
@@ -23,7 +24,8 @@ from int8pass.inspect.report import ReportError
 
 
 def invoke(*arguments: object) -> Any:
-    result = CliRunner().invoke(cli.app, ["inspect", *map(str, arguments), "--device", "cpu"])
+    options = ["--device", "cpu"] if "--profile" in arguments else ["--device", "cpu", "--no-profile"]
+    result = CliRunner().invoke(cli.app, ["inspect", *map(str, arguments), *options])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
@@ -123,6 +125,13 @@ def test_an_exported_program(tmp_path: Path) -> None:
     broken = invoke(tmp_path / "broken.pt2")
     assert broken.exit_code == 1
     assert "cannot be read as an exported program" in broken.stderr
+
+
+def test_a_gguf_file(tmp_path: Path) -> None:
+    result = invoke(write_gguf(tmp_path / "tiny.gguf"), "--length", 8)
+    assert result.exit_code == 0, result.stderr
+    assert "linears taken 7, not taken 1" in result.stdout
+    assert "model.layers.0.mlp.down_proj" in result.stdout
 
 
 def test_diff_of_reports_and_of_recipes(tmp_path: Path) -> None:
@@ -244,6 +253,7 @@ def test_an_onnx_file(tmp_path: Path) -> None:
         "both": "MatMul: both operands are activations",
     }
     assert "onnxruntime CPU" in {row.implementation for row in report.runtime}
+    assert "quantized" in {row.site for row in report.runtime}, "what was fused is known by its site"
     assert "ONNX Runtime's optimized graph" in report.runtime_note
     assert "what ran:" in result.stdout
 

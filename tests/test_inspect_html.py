@@ -156,6 +156,22 @@ def test_every_tab_has_its_charts(page: Any) -> None:
     assert "channels reach |x| ≥ 6 somewhere" in page.locator("#outlier-note").inner_text()
 
 
+def test_what_ran_leads_to_the_graph(page: Any, report: int8pass.Report) -> None:
+    page.get_by_role("tab", name="What ran").click()
+    assert "compiled by Inductor, under torch.profiler" in page.locator("#runtime-note").inner_text()
+    page.get_by_label("filter by implementations").select_option(report.sites[0].implementations[0])
+    link = page.locator("#runtime-table a[href='#graph']").first
+    name = link.inner_text()
+    link.click()
+    assert page.get_by_label("fused", exact=True).is_checked()
+    details = page.locator("#details").inner_text()
+    assert name in details
+    assert re.search(r"ran\s+\S+: \d+\.\d+ ms", details)
+    shot(page, "node")
+    page.get_by_role("button", name="Collapse").click()
+    assert page.evaluate("anythingIn(view.box)"), "there is something in view"
+
+
 def test_keyboard_and_theme(page: Any) -> None:
     page.get_by_role("tab", name="Sites").focus()
     page.keyboard.press("ArrowRight")

@@ -17,7 +17,7 @@ from test_inspect import Breaks, Model, model
 from torch import Tensor, nn
 
 import int8pass
-from int8pass.inspect import dot, trace
+from int8pass.inspect import dot, profiled, timing, trace
 from int8pass.inspect.numbers import ALPHAS, EXACT, Histograms, Noise
 from int8pass.inspect.report import Report, ReportError
 from lowering import numerics
@@ -37,7 +37,7 @@ def with_outliers() -> tuple[nn.Module, list[Tensor]]:
 @pytest.fixture(scope="module")
 def measured() -> tuple[nn.Module, list[Tensor], Report]:
     made, batches = with_outliers()
-    return made, batches, int8pass.inspect(made, batches[0], data=batches)
+    return made, batches, int8pass.inspect(made, batches[0], data=batches, profile=False)
 
 
 def sqnr(expected: list[Tensor], found: list[Tensor]) -> float:
@@ -118,16 +118,62 @@ def test_histograms_curves_times_and_bytes(measured: tuple[nn.Module, list[Tenso
     assert {row.site for row in report.runtime} >= {"gate", "down"}
 
 
+def test_what_the_compiled_graph_ran(measured: tuple[nn.Module, list[Tensor], Report]) -> None:
+    """Every op of ours is one kernel call, of the site it belongs to; the rest are Inductor's and torch's kernels."""
+    made, batches, by_node = measured
+    assert by_node.runtime_note == timing.NOTE
+    report = int8pass.inspect(made, batches[0], data=batches[:1], schemes=False, sensitivity=False)
+    assert report.runtime_note == profiled.NOTE
+    fused = {node.name: node for node in report.stages[-1].nodes}
+    ours = [row for row in report.runtime if row.site]
+    linears = [row for row in ours if row.op == "linear_w8a8"]
+    assert {(row.site, row.implementation) for row in linears} == {(s.name, s.implementations[0]) for s in report.sites}
+    for row in ours:
+        assert row.calls == 1
+        assert fused[row.name].site == row.site
+        assert fused[row.name].implementation == row.implementation
+    for row in linears:
+        site = next(s for s in report.sites if s.name == row.site)
+        assert site.shape[0] * site.shape[1] < row.bytes <= site.bytes[1]
+    assert "Inductor" in {row.implementation for row in report.runtime}
+    assert all(row.seconds > 0 for row in report.runtime)
+    assert all(set(row.nodes) <= fused.keys() for row in report.runtime)
+    heads = [row for row in report.runtime if row.op in {"mm", "addmm"}]
+    assert {n for row in heads for n in row.nodes} == {n for n in fused if fused[n].op == "linear"}
+
+
+def test_without_a_compiler_single_nodes_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("no compiler here\nand more")
+
+    monkeypatch.setattr(profiled, "compile_observed", fail)
+    made, x = model()
+    report = int8pass.inspect(made, x, data=[x], schemes=False, sensitivity=False)
+    assert report.runtime_note == f"{timing.NOTE}; Inductor failed: RuntimeError: no compiler here"
+    assert {row.site for row in report.runtime} >= {"gate", "down"}
+
+
+def test_kernels_are_named_alike() -> None:
+    same = ("torch.ops.aten.mm.default", "extern_kernels.mm", "aten::mm", "aten.mm")
+    assert {profiled.plain_name(name) for name in same} == {"mm"}
+    assert profiled.plain_name("graph_0_cpp_fused_add_1") == profiled.plain_name("cpp_fused_add_1")
+    assert profiled.plain_name("int8pass_cpu::linear_w8a8") == "linear_w8a8"
+
+
 def test_fixes_are_measured_and_proposed(measured: tuple[nn.Module, list[Tensor], Report]) -> None:
     made, batches, _ = measured
-    report = int8pass.inspect(made, batches[0], recipe="w8a8", data=batches, schemes=False, sensitivity=False)
+    report = int8pass.inspect(
+        made, batches[0], recipe="w8a8", data=batches, schemes=False, sensitivity=False, profile=False
+    )
     text = str(report)
     assert 'replace(recipe.at("gate")' in text
     start = text.index("from dataclasses import replace")
     end = text.index("  })", start)
     scope: dict[str, object] = {"recipe": int8pass.Recipe.preset("w8a8")}
     exec(text[start:end].replace("\n  ", "\n") + "\n})", scope)
-    mended = int8pass.inspect(made, batches[0], recipe=scope["recipe"], data=batches, schemes=False, sensitivity=False)
+    mended = int8pass.inspect(
+        made, batches[0], recipe=scope["recipe"], data=batches, schemes=False, sensitivity=False, profile=False
+    )
     before, after = report.sites[0], next((s for s in mended.sites if s.name == "gate"), None)
     promised = {name: found for name, found, _ in before.fixes}["64 columns"]
     assert after is not None
@@ -181,7 +227,7 @@ def test_stages_follow_the_graph() -> None:
 def test_two_graphs_are_measured_and_the_break_is_named() -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 32)
-    report = int8pass.inspect(Breaks(), x, data=[x], schemes=False)
+    report = int8pass.inspect(Breaks(), x, data=[x], schemes=False, profile=False)
     assert [site.graph for site in report.sites] == [0, 1]
     assert all(site.errors.final is not None for site in report.sites)
     assert any("graph_break" in reason and "test_inspect.py" in reason for reason in report.breaks)
@@ -206,7 +252,7 @@ def test_measuring_writes_into_the_callers_tensors_once_a_call() -> None:
     torch.manual_seed(0)
     made, x = Caches().eval(), torch.randn(4, 32)
     twin, total, expected = copy.deepcopy(made), torch.zeros(32), torch.zeros(32)
-    report = int8pass.inspect(made, (x, total), data=[(x, total)])
+    report = int8pass.inspect(made, (x, total), data=[(x, total)], profile=False)
     with torch.no_grad():
         for _ in range(2):  # the inputs themselves, and the batch
             twin(x, expected)

@@ -8,6 +8,7 @@ between all graphs of a model (prefill and decode, recompiles).
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -166,6 +167,11 @@ def version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def _is_finite(tensor: Tensor) -> bool:
+    """True without NaN and Inf: both show in the extremes, which one pass finds without a tensor of its own."""
+    return tensor.numel() == 0 or all(math.isfinite(extreme) for extreme in map(float, tensor.aminmax()))
+
+
 class Store:
     """Real values of derived constants, computed once per parameter and shared by every graph that needs them.
 
@@ -221,7 +227,7 @@ class Store:
             )
         if tensor.device.type == "meta":
             raise WeightError(f"{parameter.label} is on the meta device and has no data; load its weights first.")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not _is_finite(tensor):
             raise WeightError(f"{parameter.label} holds NaN or Inf; repair the weight or leave its site out.")
 
     def packed_bytes(self, parameters: Sequence[Tensor]) -> int:

@@ -36,6 +36,7 @@ def inspect(
     data: Iterable[Any] | None = None,
     sensitivity: bool = True,
     schemes: bool = True,
+    profile: bool = True,
     progress: Progress | None = None,
 ) -> Report:
     """What `torch.compile(model, backend="int8")` does to `model` on `args`, site by site, refusal by refusal.
@@ -50,6 +51,8 @@ def inspect(
             what follows from the graph and the weights. A few hundred tokens are enough.
         sensitivity: with data, quantize one site at a time and look at the output: half a run of the model per site.
         schemes: with data, error and time of every preset that needs no calibration.
+        profile: with data, compile the graph with Inductor and profile what it runs; else its nodes are timed one by
+            one, without Inductor's fusion.
         progress: called with (what is being done, steps done, steps in all).
 
     Raises:
@@ -60,7 +63,7 @@ def inspect(
     if quantize_head is not None:
         options["quantize_head"] = quantize_head
     settings = Options.parse(options, None)
-    collector = Collector(model, settings.recipe, sensitivity, schemes, progress or _silent)
+    collector = Collector(model, settings.recipe, (sensitivity, schemes, profile), progress or _silent)
     collector.run(args, "structure")
     if not collector.graphs:
         raise CaptureError("torch.compile found nothing to compile in this model (is compilation disabled for it?)")
@@ -78,9 +81,9 @@ def _silent(title: str, done: int, total: int) -> None:
 class Collector:
     """All graphs of one inspection."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, sensitivity: bool, schemes: bool, progress: Progress) -> None:
-        self.model, self.recipe, self.sensitivity, self.schemes = model, recipe, sensitivity, schemes
-        self.progress = progress
+    def __init__(self, model: nn.Module, recipe: Recipe, wanted: tuple[bool, bool, bool], progress: Progress) -> None:
+        self.model, self.recipe, self.progress = model, recipe, progress
+        self.sensitivity, self.schemes, self.profile = wanted
         self.measuring = self.first = self.last = False
         self.numbers: dict[str, SiteNumbers] = {}
         self.graphs: list[OneGraph] = []
@@ -129,11 +132,12 @@ class Collector:
             output.noise += graph.observer.output.noise
         for linear in self.accounts.missing():
             refused.setdefault(linear.linear, linear)
+        notes = dict.fromkeys(g.runtime_note for g in self.graphs if g.runtime)
         slowest = sorted((r for g in self.graphs for r in g.runtime), key=lambda r: -r.seconds)
         return Report(
             describe(self.recipe), len(self.graphs), tuple(sites.values()), tuple(refused.values()), dict(rules),
             self._settings(), tuple(self.breaks), tuple(s for g in self.graphs for s in g.stages),
-            tuple(self.sources.lines), self._schemes(), tuple(slowest), timing.NOTE if slowest else "",
+            tuple(self.sources.lines), self._schemes(), tuple(slowest), "; ".join(notes),
             output.sqnr if output.signal else None,
         )  # fmt: skip
 

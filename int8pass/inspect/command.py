@@ -15,6 +15,7 @@ from int8pass.inspect.collect import inspect
 from int8pass.inspect.compare import diff
 from int8pass.inspect.observe import Progress
 from int8pass.inspect.report import Report, renderer, write
+from int8pass.inspect.running import return_large_blocks
 from int8pass.inspect.subject import Load, Subject, resolve, text_batches
 from int8pass.inspect.worst import UNKNOWN, loss
 from int8pass.recipe import Recipe
@@ -33,6 +34,7 @@ class Request:
     text: Path | None = None
     windows: int = 4
     sensitivity: bool = True
+    profile: bool = True
     outputs: tuple[Path, ...] = ()
     stage: str | None = None
 
@@ -51,6 +53,7 @@ def report_on(request: Request, load: Load, progress: Progress) -> Report:
     Raises:
         Int8PassError: it cannot be loaded, captured or measured.
     """
+    return_large_blocks()
     if Path(request.model).suffix == ".onnx":
         from int8pass.inspect.onnx_file import inspect_onnx
 
@@ -65,8 +68,9 @@ def inspect_subject(request: Request, subject: Subject, progress: Progress) -> R
         data = text_batches(subject, request.text, request.length, request.windows)
     args, *batches = [_without_cache(subject, inputs) for inputs in (subject.args, *data)]
     return inspect(
-        subject.model, args, recipe=request.recipe, data=batches, sensitivity=request.sensitivity, progress=progress
-    )
+        subject.model, args, recipe=request.recipe, data=batches, sensitivity=request.sensitivity,
+        profile=request.profile, progress=progress,
+    )  # fmt: skip
 
 
 def _without_cache(subject: Subject, inputs: Any) -> Any:

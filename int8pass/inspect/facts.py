@@ -185,6 +185,8 @@ class Ran:
     bytes: int
     """Of its constants."""
     site: str = ""
+    nodes: tuple[str, ...] = ()
+    """Of the fused graph (`Node.name`) that it computes; empty when unknown."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import Any
 from int8pass.inspect.facts import Facts, Node, to_plain
 from int8pass.inspect.report import ReportError, needs
 from int8pass.inspect.text import FAIR, GOOD
+from int8pass.inspect.text_parts import shorten
 from int8pass.inspect.worst import loss, override
 
 _NODE_FIELDS = ("name", "op", "inputs", "shape", "module", "source", "code", "site", "implementation")
@@ -53,6 +54,9 @@ def _payload(report: Facts, stage: str | None) -> bytes:
     plain = to_plain(report)
     for shown, facts in zip(plain["stages"], report.stages):
         shown["nodes"] = [[_field(node, name) for name in _NODE_FIELDS] for node in facts.nodes]
+    plain["sources"] = [shorten(source) for source in plain["sources"]]
+    for row in (*plain["sites"], *plain["refused"]):
+        row["source"] = shorten(row["source"])
     plain["node_fields"] = _NODE_FIELDS
     plain["override"] = override(report)
     plain["loss"] = [loss(site) for site in report.sites]

@@ -23,7 +23,7 @@ EXACT = 200.0
 MAX_CHANNELS = 2048
 """Of one site in a report; wider ones pool neighbours."""
 _BINS = 128
-_SAMPLE = 64
+_SAMPLE, _OUTPUTS = 64, 256
 
 
 @dataclass
@@ -35,9 +35,10 @@ class Noise:
 
     def add(self, expected: Tensor, found: Tensor) -> None:
         """Count in two tensors of one shape."""
-        difference = found.float() - expected.float()
-        self.signal += float(expected.float().square().sum(dtype=torch.float64))
-        self.noise += float(difference.square().sum(dtype=torch.float64))
+        signal = expected.detach().float().flatten()
+        noise = found.detach().float().flatten() - signal
+        self.signal += float(signal.dot(signal))
+        self.noise += float(noise.dot(noise))
 
     @property
     def sqnr(self) -> float | None:
@@ -172,14 +173,17 @@ def alpha_curve(
 ) -> tuple[tuple[float, float], ...]:
     """(α, SQNR in dB) of the linears' results, for the smoothing s_j = max|X_j|^α / max|W_j|^(1−α).
 
-    SmoothQuant (arXiv 2211.10438, equation 4 and figure 10), on at most 64 of the tokens `x[..., K]`; activations and
-    weights `[N, K]` as the scheme has them, but without outlier columns, and a static range is that of these tokens.
+    SmoothQuant (arXiv 2211.10438, equation 4 and figure 10), on at most 64 of the tokens `x[..., K]` and 256 of every
+    linear's outputs; activations and weights `[N, K]` as the scheme has them, but without outlier columns, and a static
+    range is that of these tokens.
     """
     rows = x.detach().reshape(-1, x.shape[-1]).float()
     rows = rows[:: max(1, rows.shape[0] // _SAMPLE)][:_SAMPLE]
     tiny = torch.finfo(torch.float32).tiny
     points = []
     active = (x_absmax > 0) & (w_absmax > 0)
+    if scheme.weights != "per_tensor":  # whose one scale is of all rows
+        weights = [w[:: -(-w.shape[0] // _OUTPUTS)] for w in weights]
     for alpha in ALPHAS:
         s = x_absmax.clamp_min(tiny) ** alpha / w_absmax.clamp_min(tiny) ** (1 - alpha)
         s = torch.where(active, s, torch.ones_like(s)).clamp(1e-5, 1e5)

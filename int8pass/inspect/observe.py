@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 
 import torch
@@ -53,11 +54,12 @@ class GraphObserver:
     def forget_variants(self) -> None:
         """Let go of all variants but the recipe's own: their graphs are large."""
         self._variants = {key_of(self.recipe): self.variant(FINAL)}
+        gc.collect()  # nodes refer to each other, and a large heap is collected seldom
 
     def see_weights(self, arguments: Arguments, names: Mapping[int, str]) -> None:
         """Weights alone: their channels, their error, the smoothing; `names` are the model's, by id of the tensor."""
         final = self.variant(FINAL)
-        replay, quantized = Replay(self.captured, arguments), Replay(final.program, arguments)
+        replay, quantized = (Replay(p, arguments, lazy=True) for p in (self.captured, final.program))
         divisors = final.divisors(replay)
         for site in self.sites:
             numbers = self.numbers.setdefault(site.name, SiteNumbers())

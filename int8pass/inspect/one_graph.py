@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
+from torch._guards import TracingContext
 
 from int8pass import pipeline
 from int8pass.capture import Program, from_dynamo
-from int8pass.inspect import timing
+from int8pass.graph.constants import Store
+from int8pass.inspect import profiled, timing
 from int8pass.inspect.facts import Ran, SchemePoint, Stage
 from int8pass.inspect.numbers import Noise
 from int8pass.inspect.observe import GraphObserver
@@ -26,7 +28,8 @@ class OneGraph:
     """Quantized once when Dynamo hands it over, observed in every call; it computes what the original does."""
 
     def __init__(self, collector: Collector, index: int, gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
-        self.collector, self.index, self.forward = collector, index, gm.forward
+        self.collector, self.index, self.gm, self.forward = collector, index, gm, gm.forward
+        self.context = TracingContext.get()
         program = from_dynamo(gm, inputs)
         self.meta = any(isinstance(v, Tensor) and v.device.type == "meta" for v in inputs)
         self.shown: dict[str, Program] = {}
@@ -38,6 +41,7 @@ class OneGraph:
         self.lowered, self.sites = self._lower(self.observer.variant(FINAL).program, self.facts), self.site_of_linear()
         self._show_fused()
         self.runtime: list[Ran] = []
+        self.runtime_note = ""
         self.seconds: dict[str, tuple[float, float]] = {}
         self.schemes: list[SchemePoint] = []
         self.total_seconds = 0.0
@@ -103,34 +107,52 @@ class OneGraph:
         """Times of all nodes, and what every scheme would cost and lose."""
         self.observer.forget_variants()
         self.collector.progress("time nodes", 0, 1)
-        before = timing.measured(self.observer.captured, arguments)
-        after = timing.measured(self.lowered.program, arguments)
+        packed = Store()
+        before = timing.measured(self.observer.captured, arguments, packed).seconds
+        after = timing.measured(self.lowered.program, arguments, packed).seconds
         self.collector.progress("time nodes", 1, 1)
-        self.runtime = timing.rows(self.lowered, after, self.sites)
+        self.runtime, self.runtime_note = timing.rows(self.lowered, after, self.sites), timing.NOTE
         for site in self.observer.sites:
             nodes = self.lowered.nodes_of(site)
             fused = {self.lowered.ops[n.name] for n in nodes}
             old = sum(before[n] for n in timing.originals(site, fused) if n in before)
             self.seconds[site.name] = (old, sum(after[n] for n in nodes if n in after))
         self.total_seconds = sum(before.values())
+        if self.collector.profile:
+            self._profile(arguments, packed)
+        del packed
         if self.collector.schemes:
             self._compare_schemes(arguments)
+
+    def _profile(self, arguments: Arguments, packed: Store) -> None:
+        """What the compiled graph runs. Where nothing can be compiled, the times of single nodes stay."""
+        self.collector.progress("compile and profile", 0, 1)
+        try:
+            function, kernels = profiled.compile_observed(
+                self.lowered.program, self.gm, self.context, arguments, packed
+            )
+            found = profiled.events(function, arguments)
+        except Exception as failure:  # noqa: BLE001  Inductor, a C++ compiler and a driver each have their own
+            reason = str(failure).strip().splitlines()[:1] or [""]
+            self.runtime_note = f"{timing.NOTE}; Inductor failed: {type(failure).__name__}: {reason[0][:200]}"
+        else:
+            self.runtime = profiled.rows(self.lowered, kernels, found, self.sites)
+            self.runtime_note = profiled.NOTE
+        self.collector.progress("compile and profile", 1, 1)
 
     def _compare_schemes(self, arguments: Arguments) -> None:
         expected = tensors_of(Replay(self.observer.captured, arguments).finish())
         chosen = comparable(self.collector.recipe, (site.name for site in self.observer.sites))
         for done, (name, recipe) in enumerate(chosen.items()):
             self.collector.progress("compare schemes", done, len(chosen))
-            variant = self.observer.made(recipe)
-            noise = Noise()
-            for one, other in zip(expected, tensors_of(Replay(variant.program, arguments).finish())):
-                noise.add(one, other)
+            lowered = self._lower(self.observer.made(recipe).program)
             self.observer.forget_variants()
-            lowered = self._lower(variant.program)
-            seconds = sum(timing.measured(lowered.program, arguments, rounds=2).values())
+            ran, noise = timing.measured(lowered.program, arguments, Store(), rounds=2), Noise()
+            for one, other in zip(expected, tensors_of(ran.output)):
+                noise.add(one, other)
             size = sum(lowered.bytes_of(site) for site in self.observer.sites)
             if noise.sqnr is not None:
-                self.schemes.append(SchemePoint(name, noise.sqnr, seconds, size))
+                self.schemes.append(SchemePoint(name, noise.sqnr, ran.total, size))
         self.collector.progress("compare schemes", len(chosen), len(chosen))
 
 

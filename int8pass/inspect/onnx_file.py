@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ def inspect_onnx(path: str | Path, run: bool = True) -> Report:
         "opset": opsets, "nodes": str(len(graph.nodes)),
         "quantize / dequantize": f"{ops['QuantizeLinear'] + ops['DynamicQuantizeLinear']} / {ops['DequantizeLinear']}",
     }  # fmt: skip
-    runtime, note = _ran(Path(path), graph) if run else ([], "")
+    runtime, note = _ran(Path(path), [site.name for site in sites]) if run else ([], "")
     return Report(
         f"ONNX file ({opsets})", 1, tuple(sites), tuple(refused), {}, settings,
         stages=(_stage(graph),), runtime=tuple(runtime), runtime_note=note,
@@ -188,7 +188,7 @@ def _module(name: str) -> str:
     return ".".join(part for part in name.split("/")[:-1] if part)
 
 
-def _ran(path: Path, graph: _Graph) -> tuple[list[Ran], str]:
+def _ran(path: Path, sites: Sequence[str]) -> tuple[list[Ran], str]:
     """One profiled run in ONNX Runtime: a row per node of the optimized graph."""
     try:
         import numpy
@@ -207,7 +207,7 @@ def _ran(path: Path, graph: _Graph) -> tuple[list[Ran], str]:
         except Exception as failure:  # noqa: BLE001  onnxruntime raises classes of its own for every status
             return [], f"ONNX Runtime does not run it: {str(failure).splitlines()[0]}"
         events = json.loads(Path(session.end_profiling()).read_text())
-    return list(_rows(events)), NOTE.format(size=_SIZE)
+    return list(_rows(events, sites)), NOTE.format(size=_SIZE)
 
 
 def _zeros(value: Any, numpy: Any) -> Any:
@@ -217,8 +217,8 @@ def _zeros(value: Any, numpy: Any) -> Any:
     return numpy.zeros(shape, kinds.get(kind, kind))
 
 
-def _rows(events: list[Any]) -> Iterator[Ran]:
-    """The second run's kernels, the slowest first."""
+def _rows(events: list[Any], sites: Sequence[str]) -> Iterator[Ran]:
+    """The second run's kernels, the slowest first. What was fused keeps the name of a node it was made from."""
     last: dict[str, Any] = {}
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
@@ -227,7 +227,14 @@ def _rows(events: list[Any]) -> Iterator[Ran]:
         arguments = event["args"]
         provider = str(arguments.get("provider", "")).removesuffix("ExecutionProvider")
         size = int(arguments.get("parameter_size", 0) or 0)
-        yield Ran(name, str(arguments.get("op_name", "")), f"onnxruntime {provider}", 1, event["dur"] * 1e-6, size)
+        op, seconds = str(arguments.get("op_name", "")), event["dur"] * 1e-6
+        site = max((s for s in sites if _made_of(name, s)), key=len, default="")
+        yield Ran(name, op, f"onnxruntime {provider}", 1, seconds, size, site)
+
+
+def _made_of(name: str, node: str) -> bool:
+    """True for a node of the optimized graph named after a node of the file, with or without an addition."""
+    return name == node or (name.startswith(node) and not name[len(node)].isalnum())
 
 
 __all__ = ["inspect_onnx"]

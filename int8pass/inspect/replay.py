@@ -6,6 +6,7 @@ Nothing is kept longer than the graph needs it: what is compared is compared as 
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from int8pass.graph.rewrite import LINEAR
 from int8pass.match import Site
 
 Arguments = Sequence[Any]
+_RECENT = 8
+"""Weights whose packed forms a replay remembers: those of one site and a few more."""
 
 
 def mark_linears(program: Program) -> None:
@@ -36,11 +39,12 @@ def results(program: Program) -> dict[str, fx.Node]:
 class Replay(fx.Interpreter):
     """A program on the arguments of one call of its graph, advanced from outside.
 
-    Derived constants are computed where they are read and let go with their last reader: an inspection must not double
-    the memory of a model.
+    A graph reads all its constants at its head. With `lazy`, they are computed where they are used and let go soon
+    after: an inspection must not double the memory of a model.
     """
 
-    def __init__(self, program: Program, arguments: Arguments) -> None:
+    def __init__(self, program: Program, arguments: Arguments, store: Store | None = None, lazy: bool = False) -> None:
+        """`store` keeps what it derives, for others to read; without one nothing is kept."""
         super().__init__(program.gm, garbage_collect_values=True)
         self.program, self.arguments = program, arguments
         self.nodes: list[fx.Node] = list(program.graph.nodes)
@@ -48,7 +52,8 @@ class Replay(fx.Interpreter):
         self.result: Any = None
         """Of the graph, once it is done."""
         self._values = self._inputs()
-        self._store, self._stored = Store(), tuple[Constant, ...]()
+        self._kept, self._lazy = store, lazy
+        self._recent: OrderedDict[tuple[Constant, ...], Store] = OrderedDict()
 
     def _inputs(self) -> dict[str, Any]:
         """The placeholders' values; what the graph writes into is copied, so that the caller's tensors stay."""
@@ -64,21 +69,40 @@ class Replay(fx.Interpreter):
         return self._values[str(target)]
 
     def value(self, constant: Constant) -> Tensor:
-        """The real tensor of a constant. Those of one weight (codes and scale) come one after the other, and share."""
-        if constant.parameters() != self._stored:
-            self._store, self._stored = Store(), constant.parameters()
-        return self._store.value(constant, lambda p: self.arguments[p.position])  # type: ignore[index]
+        """The real tensor of a constant. Those of the last few weights (codes and scales) are still there."""
+        store, parameters = self._kept, constant.parameters()
+        if store is None:
+            store = self._recent.setdefault(parameters, Store())
+            self._recent.move_to_end(parameters)
+            if len(self._recent) > _RECENT:
+                self._recent.popitem(last=False)
+        return store.value(constant, lambda p: self.arguments[p.position])  # type: ignore[index]
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Constants come from the parameters of this call."""
-        if isinstance(getattr(self.program.gm, str(target), None), fx.GraphModule):
+        if not self._is_constant(target):
             return super().get_attr(target, args, kwargs)
         return self.value(self.program.constants[str(target)])
+
+    def _is_constant(self, target: Any) -> bool:
+        """False for the body of a higher-order operator."""
+        return not isinstance(getattr(self.program.gm, str(target), None), fx.GraphModule)
+
+    def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
+        """Values of what a node reads; lazy constants are computed here."""
+        return fx.node.map_arg(args, self._read)
+
+    def _read(self, node: fx.Node) -> Any:
+        if node not in self.env and node.op == "get_attr":
+            return self.get_attr(node.target, (), {})
+        return self.env[node]
 
     def step(self) -> tuple[fx.Node, Any]:
         """Run the next node; returns it and its value."""
         node = self.nodes[self.position]
         self.position += 1
+        if self._lazy and node.op == "get_attr" and self._is_constant(node.target):
+            return node, None
         result = self.env[node] = self.run_node(node)
         self.drop_unread(node)
         if node.op == "output":
@@ -173,8 +197,8 @@ def linear_names(site: Site) -> list[str]:
 class Timed(Replay):
     """A replay that notes how long every node takes."""
 
-    def __init__(self, program: Program, arguments: Arguments) -> None:
-        super().__init__(program, arguments)
+    def __init__(self, program: Program, arguments: Arguments, store: Store) -> None:
+        super().__init__(program, arguments, store)
         self.seconds: dict[fx.Node, float] = {}
 
     def run_node(self, n: fx.Node) -> Any:

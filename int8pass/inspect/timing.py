@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, fx
 
 from int8pass.capture import Program
+from int8pass.graph.constants import Store
 from int8pass.graph.pattern import op_name
 from int8pass.graph.rewrite import LINEAR
 from int8pass.inspect.facts import Ran
@@ -48,13 +51,18 @@ class Lowered:
             for n in self.nodes_of(site)
             if self.ops[n.name].startswith(("index_select", "linear", "dequantize_weight"))
         ]
-        read = {a for n in nodes for a in n.all_input_nodes if a.op == "get_attr"}
-        return sum(_nbytes(n) for n in read)
+        return constant_bytes(nodes)
 
 
 def _nbytes(node: fx.Node) -> int:
     value = node.meta["val"]
     return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+
+
+def constant_bytes(nodes: Iterable[fx.Node]) -> int:
+    """Of the constants that these nodes read, each once."""
+    read = dict.fromkeys(a for node in nodes for a in node.all_input_nodes if a.op == "get_attr")
+    return sum(_nbytes(a) for a in read)
 
 
 def weight_bytes(site: Site) -> int:
@@ -63,16 +71,31 @@ def weight_bytes(site: Site) -> int:
     return sum(_nbytes(weight) for weight in weights if isinstance(weight, fx.Node))
 
 
-def measured(program: Program, arguments: Arguments, rounds: int = ROUNDS) -> dict[fx.Node, float]:
-    """Seconds of every call, the shortest of several runs."""
+@dataclass
+class Measured:
+    """Times of a program's calls."""
+
+    seconds: dict[fx.Node, float]
+    """The shortest of several runs"""
+    output: Any
+    """Of the program"""
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+def measured(program: Program, arguments: Arguments, store: Store, rounds: int = ROUNDS) -> Measured:
+    """Time every call of a program; what it derives from parameters is computed once, into `store`."""
     best: dict[fx.Node, float] = {}
+    output = None
     for _ in range(rounds):
-        run = Timed(program, arguments)
-        run.finish()
+        run = Timed(program, arguments, store)
+        output = run.finish()
         for node, seconds in run.seconds.items():
             if node.op == "call_function":
                 best[node] = min(seconds, best.get(node, seconds))
-    return best
+    return Measured(best, output)
 
 
 def originals(site: Site, fused: set[str]) -> list[fx.Node]:
@@ -92,9 +115,9 @@ def rows(lowered: Lowered, seconds: dict[fx.Node, float], sites: dict[str, str])
     for node, spent in seconds.items():
         op = lowered.ops.get(node.name) or kind_of(node)
         if "int8pass.implementation" in node.meta:
-            constants = sum(_nbytes(a) for a in node.all_input_nodes if a.op == "get_attr")
-            site = sites.get(node.meta.get(LINEAR) or "", "")
-            ours.append(Ran(node.name, op, node.meta["int8pass.implementation"], 1, spent, constants, site))
+            site, size = sites.get(node.meta.get(LINEAR) or "", ""), constant_bytes([node])
+            row = Ran(node.name, op, node.meta["int8pass.implementation"], 1, spent, size, site, (node.name,))
+            ours.append(row)
         elif op not in VIEWS:
             rest[op].append(spent)
     others = [Ran(op, op, "torch", len(times), sum(times), 0) for op, times in rest.items()]

@@ -29,9 +29,9 @@ class Walk:
         self.observer, self.last, self.expected = observer, last, expected
         self.float = Replay(observer.captured, arguments)
         final = observer.variant(FINAL)
-        self.quantized = Replay(final.program, arguments)
+        self.quantized = Replay(final.program, arguments, lazy=True)
         self.names = [FINAL, NAIVE, SMOOTHED, *(FIXES if last else ())]
-        self.replays = {name: Replay(observer.variant(name).program, arguments) for name in self.names[1:]}
+        self.replays = {name: Replay(observer.variant(name).program, arguments, lazy=True) for name in self.names[1:]}
         self.replays[FINAL] = self.quantized
         self.divisors = {name: observer.variant(name).divisors(self.float) for name in self.names}
         self.ends = {node: linear for linear, node in final.ends.items()}
@@ -44,10 +44,6 @@ class Walk:
         sources: dict[fx.Node, list[Site]] = {}
         for site in self.observer.sites:
             sources.setdefault(site.source, []).append(site)
-        for node in self.quantized.nodes:
-            if node.op not in ("placeholder", "get_attr"):
-                break
-            self.quantized.step()  # the packed weights, which its parts read too
         done, total = 0, len(self.observer.sites)
         progress("measure sites", 0, total)
         while not self.float.done:

@@ -22,7 +22,7 @@ function theme() {
   return {
     background: "transparent", font: "system-ui, sans-serif", view: { stroke: line },
     axis: { labelColor: dim, titleColor: text, gridColor: line, domainColor: line, tickColor: line },
-    legend: { labelColor: text, titleColor: text }, title: { color: text, anchor: "start", fontSize: 13 },
+    legend: { labelColor: text, titleColor: text, labelLimit: 480 }, title: { color: text, anchor: "start", fontSize: 13 },
     mark: { color: colour("accent") }, text: { color: text },
   };
 }
@@ -177,13 +177,13 @@ function outlierChart(sites, width, order) {
 }
 
 function runtimeChart(rows) {
-  const values = rows.slice(0, 25).map((row) => ({ name: row.name, op: row.op, ms: row.seconds * 1e3, what: row.implementation, site: row.site }));
+  const values = rows.slice(0, 25).map((row) => ({ name: row.site ? `${row.op}  ${row.site}` : row.name, id: row.name, op: row.op, ms: row.seconds * 1e3, what: row.implementation, site: row.site }));
   return () => ({
     ...SIZE, height: Math.max(60, 17 * values.length), title: "The slowest", data: { values }, mark: "bar", encoding: {
-      y: { field: "name", type: "nominal", sort: null, title: null, axis: { labelLimit: 260 } },
+      y: { field: "name", type: "nominal", sort: null, title: null, axis: { labelLimit: 380 } },
       x: { field: "ms", type: "quantitative", title: "milliseconds" },
-      color: { field: "what", type: "nominal", title: "implementation" },
-      tooltip: [{ field: "name" }, { field: "op" }, { field: "ms", format: ".3f" }, { field: "what" }, { field: "site" }] },
+      color: { field: "what", type: "nominal", title: null, legend: { orient: "bottom", columns: 4 } },
+      tooltip: [{ field: "id", title: "name" }, { field: "op" }, { field: "ms", format: ".3f" }, { field: "what" }, { field: "site" }] },
   });
 }
 

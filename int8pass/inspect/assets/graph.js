@@ -227,7 +227,13 @@ function paint(nodes, links) {
   const low = (v) => v.reduce((a, b) => Math.min(a, b), Infinity), high = (v) => v.reduce((a, b) => Math.max(a, b), -Infinity);
   view.bounds = nodes.length ? [low(xs) - 10, low(ys) - 10, high(xs) - low(xs) + 20, high(ys) - low(ys) + 20] : [0, 0, 100, 100];
   view.positions = new Map(nodes.map((n) => [n.v, n]));
-  if (!view.box) fit(); else setBox(view.box);
+  if (!view.box || !anythingIn(view.box)) fit(); else setBox(view.box);
+}
+
+/* False when a view shows no box: the graph became another one, or smaller. */
+function anythingIn([x, y, width, height]) {
+  return [...view.positions.values()].some((n) => n.box && n.x + n.width / 2 > x && n.x - n.width / 2 < x + width
+    && n.y + n.height / 2 > y && n.y - n.height / 2 < y + height);
 }
 
 function paintBox(node) {
@@ -271,7 +277,9 @@ function keepInView(path) {
   const after = view.positions.get(path);
   if (before && after && box) {
     const shift = [after.x - before.x, (after.y - after.height / 2) - (before.y - before.height / 2)];
-    setBox([box[0] + shift[0], box[1] + shift[1], box[2], box[3]]);
+    const moved = [box[0] + shift[0], box[1] + shift[1], box[2], box[3]];
+    if (anythingIn(moved)) setBox(moved);
+    else fit();
   }
   byId("canvas").querySelector(`[data-module="${CSS.escape(path)}"]`)?.focus({ preventScroll: true });
 }
@@ -286,12 +294,30 @@ function choose(name) {
   const list = (names) => { const span = make("span"); names.forEach((n, i) => span.append(i ? ", " : "", link(n))); return span; };
   const shown = { op: node.op, shape: node.shape, module: node.module || "–", source: node.source < 0 ? "unknown" : facts.sources[node.source],
     inputs: list(node.inputs), readers: list(readers), site: siteLink(node.site), "SQNR": node.site ? `${decibels(sqnrOf(node.site))} dB` : "–",
-    implementation: node.implementation || "–" };
+    implementation: node.implementation || "–", ...ranOf(view.stage.name, name) };
   const parts = [make("h3", {}, name), make("dl", {}, ...Object.entries(shown).flatMap(([k, v]) => [make("dt", {}, k), make("dd", {}, v)]))];
   parts.push(make("h4", {}, `Before (captured), ${node.module || "top level"}`), make("pre", {}, codeOf("captured", node, view.stage.graph)));
   parts.push(make("h4", {}, `Here (${view.stage.name})`), make("pre", {}, codeOf(view.stage.name, node, view.stage.graph)));
   if (view.stage.name !== "fused") parts.push(make("h4", {}, "After (fused)"), make("pre", {}, codeOf("fused", node, view.stage.graph)));
   byId("details").replaceChildren(...parts);
+}
+
+/* What the profiler saw of a node of the fused graph. */
+function ranOf(stage, name) {
+  const row = stage === "fused" ? facts.runtime.find((r) => r.nodes.includes(name)) : null;
+  if (!row) return {};
+  const each = `${(row.seconds / row.calls * 1e3).toFixed(3)} ms${row.calls > 1 ? `, mean of ${row.calls} calls` : ""}`;
+  return { ran: `${row.name}: ${each}${row.nodes.length > 1 ? `, with ${row.nodes.length - 1} other nodes` : ""}`,
+    constants: row.bytes ? `${(row.bytes / 1e3).toFixed(0)} kB` : "none" };
+}
+
+/* A node of the fused graph, from another tab. */
+function showNode(name) {
+  const index = facts.stages.findIndex((s) => s.name === "fused" && nodesOf(s).some((n) => n.name === name));
+  if (index < 0) return;
+  byId(`stage-${index}`).checked = true;
+  setStage(facts.stages[index]);
+  reveal(name);
 }
 
 /* The lines of a stage that belong to the module of a node (for a node without one, its own line). */
@@ -341,7 +367,10 @@ function fit() {
   const least = canvas.clientWidth || 900; // do not shrink text below reading size: show the top instead
   const tall = height / Math.max(1, canvas.clientHeight || 600), wide = width / least;
   const scale = Math.min(Math.max(tall, wide, 0.6), 1.6);
-  setBox([x + width / 2 - least * scale / 2, y, least * scale, (canvas.clientHeight || 600) * scale]);
+  const shown = least * scale, top = [...view.positions.values()].filter((n) => n.box).sort((a, b) => a.y - b.y)[0];
+  // Where not all has room: where the graph begins.
+  const left = shown >= width || !top ? x + width / 2 - shown / 2 : Math.min(Math.max(top.x - shown / 2, x), x + width - shown);
+  setBox([left, y, shown, (canvas.clientHeight || 600) * scale]);
 }
 
 function zoom(factor, at = null) {
@@ -380,7 +409,7 @@ function setStage(stage) {
   view.stage = stage;
   draw();
   byId("found").replaceChildren(...view.graph.shown.slice(0, 4000).map((n) => make("option", { value: n.name }, `${n.op} ${n.module}`)));
-  if (view.chosen && view.graph.byName.has(view.chosen)) choose(view.chosen);
+  if (view.chosen && view.graph.byName.has(view.chosen)) reveal(view.chosen);
 }
 
 function find(text) {

@@ -12,6 +12,14 @@ function siteLink(name) {
   return make("a", { href: "#site", onclick: (event) => { event.preventDefault(); showSite(name); openTab("site"); } }, name);
 }
 
+/* From what ran to the graph: the first of its nodes in the last stage. */
+function nodesLink(row) {
+  const name = row.nodes.at(-1);
+  if (!name) return "–";
+  const go = (event) => { event.preventDefault(); openTab("graph"); showNode(name); };
+  return make("a", { href: "#graph", onclick: go, title: row.nodes.join(", ") }, row.nodes.length === 1 ? name : `${row.nodes.length} nodes`);
+}
+
 function fillOverview() {
   const before = facts.sites.reduce((sum, s) => sum + s.bytes[0], 0), after = facts.sites.reduce((sum, s) => sum + s.bytes[1], 0);
   const taken = facts.sites.reduce((sum, s) => sum + s.linears.length, 0);
@@ -135,12 +143,13 @@ function fillRuntime() {
   if (!facts.runtime.length) return;
   chart("chart-runtime", runtimeChart(facts.runtime));
   table(byId("runtime-table"), [
-    { title: "name", value: (r) => r.name }, { title: "op", value: (r) => r.op }, { title: "implementation", value: (r) => r.implementation },
+    { title: "name", kind: "name", value: (r) => r.name }, { title: "op", kind: "name", value: (r) => r.op }, { title: "implementation", value: (r) => r.implementation },
     { title: "calls", kind: "number", value: (r) => r.calls },
     { title: "ms", kind: "number", value: (r) => r.seconds, show: (r) => (r.seconds * 1e3).toFixed(3) },
     { title: "kB of constants", kind: "number", value: (r) => r.bytes, show: (r) => r.bytes ? (r.bytes / 1e3).toFixed(0) : "–" },
+    { title: "nodes", kind: "name", value: (r) => r.nodes.length, show: (r) => nodesLink(r) },
     { title: "site", value: (r) => r.site, show: (r) => siteLink(r.site) },
-  ], facts.runtime, { label: "what ran", filter: { title: "ops", value: (r) => r.op } });
+  ], facts.runtime, { label: "what ran", filter: { title: "implementations", value: (r) => r.implementation } });
 }
 
 function fillSchemes() {

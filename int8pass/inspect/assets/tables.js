@@ -23,7 +23,7 @@ function short(value) {
   return size >= 1e5 || size < 1e-3 ? value.toExponential(2) : String(Number(value.toPrecision(3)));
 }
 
-/* columns: {title, value(row), show(row) -> text or node, kind: "number" | "text" | "", level(row) -> class}
+/* columns: {title, value(row), show(row) -> text or node, kind: "number" | "text" | "name" | "", level(row) -> class}
    options: {filter: {title, value(row)}, label} */
 function table(parent, columns, rows, options = {}) {
   let sorted = { column: -1, down: false };
@@ -40,7 +40,7 @@ function table(parent, columns, rows, options = {}) {
   }
   bar.append(count);
   const body = make("tbody");
-  const heads = columns.map((column, i) => make("th", { scope: "col", "aria-sort": "none" },
+  const heads = columns.map((column, i) => make("th", { scope: "col", "aria-sort": "none", class: column.kind || null },
     make("button", { type: "button", onclick: () => sort(i) }, column.title)));
   const text = new Map(rows.map((row) => [row, columns.map((c) => plain(c.show ? c.show(row) : c.value(row))).join(" ").toLowerCase()]));
 
@@ -72,7 +72,8 @@ function table(parent, columns, rows, options = {}) {
     body.replaceChildren(...shown.map((row) => make("tr", {}, ...columns.map((column) => {
       const level = column.level ? column.level(row) : "";
       const shownValue = column.show ? column.show(row) : column.value(row);
-      return make("td", { class: `${column.kind || ""} ${level}`.trim() || null }, shownValue ?? "–");
+      const title = column.kind === "name" && !(shownValue instanceof Node) ? String(shownValue ?? "") : null;
+      return make("td", { class: `${column.kind || ""} ${level}`.trim() || null, title }, shownValue ?? "–");
     }))));
     count.textContent = shown.length === rows.length ? `${rows.length}` : `${shown.length} of ${rows.length}`;
   }
