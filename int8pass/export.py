@@ -356,7 +356,7 @@ def to_onnx(portable: ExportedProgram, target: str) -> ir.Model:
                 portable,
                 dynamo=True,
                 opset_version=opset,
-                custom_translation_table=lowering.onnx.translations(opset),
+                custom_translation_table=lowering.onnx.translations(opset, target),
                 optimize=False,  # below, after the weights are where they belong
                 verbose=False,
             )

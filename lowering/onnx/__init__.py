@@ -11,16 +11,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lowering.onnx import linear, norm, quantize
+import torch
+
+from lowering.onnx import attention, linear, norm, quantize
 from lowering.registry import all_ops
 
+CLAMPED = {"onnxruntime", "portable"}
+"""Targets whose attention is written without denormal numbers."""
 
-def translations(opset: int) -> dict[Any, Callable[..., Any]]:
+
+def translations(opset: int, target: str = "portable") -> dict[Any, Callable[..., Any]]:
     """Op overload → translation for a model of that opset, as `torch.onnx.export(custom_translation_table=...)`.
 
     An implementation for target "onnx23" stands in for the one for "onnx" from opset 23 on.
     """
     table: dict[Any, Callable[..., Any]] = {}
+    if opset < 23 or target == "onnxruntime":
+        clamped = target in CLAMPED
+        made = attention.clamped_attention if clamped else attention.scaled_dot_product_attention
+        table[torch.ops.aten.scaled_dot_product_attention.default] = made
     for op in all_ops().values():
         for target in ("onnx", *(["onnx23"] if opset >= 23 else [])):
             for implementation in op.implementations:
@@ -29,4 +38,4 @@ def translations(opset: int) -> dict[Any, Callable[..., Any]]:
     return table
 
 
-__all__ = ["linear", "norm", "quantize", "translations"]
+__all__ = ["attention", "linear", "norm", "quantize", "translations"]
