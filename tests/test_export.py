@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 import tiny_llama
 import torch
-from architectures import build
+from architectures import EXPORTED, build
 from harness import relative_error
 from torch import Tensor, nn
 
@@ -23,12 +23,6 @@ from int8pass.errors import CaptureError, ExportError, OptionError, UnsupportedE
 from int8pass.qdq import files
 from int8pass.qdq.linears import find
 from int8pass.recipe import Recipe, SiteSettings
-
-# Architectures whose graphs torch.export and torch.onnx take in seconds; one of every family and spelling.
-ZOO = (
-    "llama", "qwen2", "gemma2", "phi3", "olmo2", "gpt2", "gpt_neox", "opt", "falcon", "starcoder2", "bert", "roberta",
-    "distilbert", "t5", "vit", "dinov2",
-)  # fmt: skip
 
 
 class Block(nn.Module):
@@ -103,9 +97,7 @@ def test_calibrated_columns_are_a_gather_and_a_float_product(tmp_path: Path) -> 
 
 
 def test_tensorrt_rules_hold(tmp_path: Path) -> None:
-    made = int8pass.export_onnx(
-        block(), torch.randn(2, 9, 64), tmp_path / "m.onnx", recipe="w8a8", target="tensorrt"
-    )
+    made = int8pass.export_onnx(block(), torch.randn(2, 9, 64), tmp_path / "m.onnx", recipe="w8a8", target="tensorrt")
     assert made.opset == 21
     for node in ir.load(made.path).graph:
         if node.op_type == "QuantizeLinear":
@@ -134,7 +126,7 @@ def test_prefill_and_decode_of_a_decoder(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", EXPORTED)
 def test_architecture(name: str, tmp_path: Path) -> None:
     model, inputs = build(name)
     made = int8pass.export_onnx(model, inputs, tmp_path / "m.onnx", recipe="w8a8", target="portable")
@@ -217,9 +209,7 @@ def test_a_file_that_does_not_verify_is_not_written(tmp_path: Path, monkeypatch:
 def test_warn_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _signed(monkeypatch)
     with pytest.warns(UserWarning, match="does not verify"):
-        made = int8pass.export_onnx(
-            block(), torch.randn(2, 9, 64), tmp_path / "m.onnx", recipe="w8a8", verify="warn"
-        )
+        made = int8pass.export_onnx(block(), torch.randn(2, 9, 64), tmp_path / "m.onnx", recipe="w8a8", verify="warn")
     assert made.path.is_file()
     assert made.verification is not None
     assert not made.verification.passed

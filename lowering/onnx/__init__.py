@@ -16,24 +16,23 @@ import torch
 from lowering.onnx import attention, linear, norm, quantize
 from lowering.registry import all_ops
 
-CLAMPED = {"onnxruntime", "portable"}
-"""Targets whose attention is written without denormal numbers."""
-
 
 def translations(opset: int, target: str = "portable") -> dict[Any, Callable[..., Any]]:
     """Op overload → translation for a model of that opset, as `torch.onnx.export(custom_translation_table=...)`.
 
-    An implementation for target "onnx23" stands in for the one for "onnx" from opset 23 on.
+    An implementation for target "onnx23" stands in for the one for "onnx" from opset 23 on. Attention is opset 23's
+    own node, but for ONNX Runtime, whose kernel for it is slow where positions are masked.
     """
     table: dict[Any, Callable[..., Any]] = {}
     if opset < 23 or target == "onnxruntime":
-        clamped = target in CLAMPED
-        made = attention.clamped_attention if clamped else attention.scaled_dot_product_attention
-        table[torch.ops.aten.scaled_dot_product_attention.default] = made
+        table[torch.ops.aten.scaled_dot_product_attention.default] = (
+            # OpenVINO no longer fuses attention that is clamped
+            attention.clamped_attention if target == "onnxruntime" else attention.scaled_dot_product_attention
+        )
     for op in all_ops().values():
-        for target in ("onnx", *(["onnx23"] if opset >= 23 else [])):
+        for form in ("onnx", *(["onnx23"] if opset >= 23 else [])):
             for implementation in op.implementations:
-                if implementation.target == target:
+                if implementation.target == form:
                     table[op.overload] = implementation.function
     return table
 
