@@ -29,9 +29,9 @@ def prepare(model: ir.Model, unsigned: bool) -> None:
     )
     if unsigned:
         unsigned_activations(model)
-        split_adds(model)
         relu_as_max(model)
         fix_biases(model)  # TensorRT wants biases in float
+        split_adds(model)
     passes.RemoveUnusedNodesPass()(model)
 
 
