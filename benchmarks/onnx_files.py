@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,12 +93,16 @@ def minilm(folder: Path) -> dict[str, Path]:
     float_path = once(folder / "fp32.onnx", lambda p: float_file(model, example, p))
     made = {"fp32": float_path}
     wanted = [*((preset, "portable") for preset in MINILM), ("w8a8", "onnxruntime"), ("w8a8", "openvino")]
-    for preset, target in tqdm(wanted, desc="export"):
+
+    def export(preset: str, target: str, path: Path) -> None:
         recipe = int8pass.Recipe.preset(preset)
         if preset in CALIBRATED:
             recipe = int8pass.calibrate(model, [tensors(b, example.args) for b in batches], recipe)
+        _export(model, example, recipe, target)(path)
+
+    for preset, target in tqdm(wanted, desc="export"):
         name = preset if target == "portable" else f"{preset} for {target}"
-        made[f"int8pass {name}"] = once(folder / f"{name}.onnx", _export(model, example, recipe, target))
+        made[f"int8pass {name}"] = once(folder / f"{name}.onnx", functools.partial(export, preset, target))
     made["ort quantize_dynamic"] = once(
         folder / "dynamic.onnx", lambda p: quantization.quantize_dynamic(float_path, p, **ONLY)
     )
@@ -129,7 +134,7 @@ def smollm2(folder: Path) -> dict[str, Path]:
 
 
 def decode(folder: Path) -> dict[str, Path]:
-    """SmolLM2's graph for one more token, with past keys and values. One token is multiplied weight-only."""
+    """SmolLM2's graph for one more token, with past keys and values, per token."""
     model, tokenizer = hub.load("smollm2")
     example = example_inputs.decode(model, text(tokenizer)[:1])
     export = _export(model, example, int8pass.Recipe.preset("w8a8"), "portable")
