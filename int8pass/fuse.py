@@ -251,8 +251,6 @@ def fuse_gate_product(node: fx.Node, edit: Edit) -> fx.Node | None:
     return new
 
 
-# Devices where nothing is gained, and a linear that stays visible can be chosen on its own.
-_APART = {"cpu"}
 _GATED = {
     "act_mul_quantize": act_ops.gated_linear_quantize,
     "act_mul_quantize_dynamic": act_ops.gated_linear_quantize_dynamic,
@@ -274,7 +272,7 @@ def fuse_gated_linear(node: fx.Node, edit: Edit) -> fx.Node | None:
     value = linear.meta["val"]
     half = value.shape[-1] // 2
     halves = (gate.args[1:], up.args[1:]) == ((-1, 0, half), (-1, half, 2 * half))
-    if not halves or value.device.type in _APART or value.shape[-1] != 2 * half:
+    if not halves or value.shape[-1] != 2 * half:
         return None
     if len(linear.users) != 2 or len(gate.users) != 1 or len(up.users) != 1:
         return None

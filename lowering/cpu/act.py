@@ -1,10 +1,14 @@
-"""Gate products on the CPU: Inductor's loop for the product, our kernel for the quantization."""
+"""Gate products on the CPU: in the linear's own kernel, else in Inductor's loop; our kernel for the quantization."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from lowering.cpu import native
+from lowering.cpu.linear import native_arguments, native_w8a8
 from lowering.cpu.quantize import native_rows
 from lowering.ops.act import (
     ACTIVATIONS,
@@ -13,11 +17,11 @@ from lowering.ops.act import (
     gated_linear_quantize,
     gated_linear_quantize_dynamic,
 )
+from lowering.ops.linear import linear_w8a8
+from lowering.ops.norm import quantize_rows
 from lowering.ops.quantize import split_quantize_dynamic
 
-# The gated linears are for GPUs: the pass does not fuse that far on the CPU.
-for _op in (act_mul_quantize, gated_linear_quantize, gated_linear_quantize_dynamic):
-    _op.impl("cpu")(_op.reference)
+act_mul_quantize.impl("cpu")(act_mul_quantize.reference)
 
 
 @act_mul_quantize.impl("cpu", when=lambda gate, *rest: native.takes(gate))
@@ -34,4 +38,65 @@ def act_mul_then_split_quantize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The product, then the split of whichever kernel takes it."""
     args = (ACTIVATIONS[act](gate) * up, capacity, threshold, symmetric)
+    return split_quantize_dynamic.choose("cpu", args).function(*args)
+
+
+def _gated_linear(*args: Any) -> Tensor:
+    """`act(gate) * up` of a linear: in its kernel where that takes it, else from the linear of whichever takes it."""
+    *linear, act = args
+    if native_w8a8(*linear) is True:
+        return native.gated_linear(*native_arguments(*linear), act)
+    gate, up = linear_w8a8.choose("cpu", tuple(linear)).function(*linear).chunk(2, -1)
+    return ACTIVATIONS[act](gate) * up
+
+
+@gated_linear_quantize.impl("cpu")
+def gated_linear_then_quantize(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor | None,
+    bias: Tensor | None,
+    outliers: Tensor | None,
+    outlier_weight: Tensor | None,
+    columns: Tensor | None,
+    dtype: torch.dtype,
+    act: str,
+    split_columns: Tensor | None,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The product, then one pass over each row."""
+    product = _gated_linear(
+        codes, scale, zero_point, weight, weight_scale, weight_sum, bias, outliers, outlier_weight, columns, dtype, act
+    )
+    if native.takes(product) is True:
+        return native_rows(product, split_columns, symmetric)
+    return quantize_rows(product, split_columns, symmetric)
+
+
+@gated_linear_quantize_dynamic.impl("cpu")
+def gated_linear_then_split_quantize(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor | None,
+    bias: Tensor | None,
+    outliers: Tensor | None,
+    outlier_weight: Tensor | None,
+    columns: Tensor | None,
+    dtype: torch.dtype,
+    act: str,
+    capacity: int,
+    threshold: float,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The product, then the split of whichever kernel takes it."""
+    product = _gated_linear(
+        codes, scale, zero_point, weight, weight_scale, weight_sum, bias, outliers, outlier_weight, columns, dtype, act
+    )
+    args = (product, capacity, threshold, symmetric)
     return split_quantize_dynamic.choose("cpu", args).function(*args)

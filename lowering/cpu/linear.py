@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -111,7 +113,8 @@ def linear_int8pack(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tenso
     return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
-def _native_w8a8(codes: Tensor, *rest: object) -> bool | str:
+def native_w8a8(codes: Tensor, *rest: object) -> bool | str:
+    """Whether the native kernels take these arguments of `linear_w8a8`."""
     bias, outliers, outlier_weight, dtype = rest[5], rest[6], rest[7], rest[9]
     if dtype not in native.FLOATS:
         return f"the native kernels give float32, bfloat16 and float16, not {dtype}"
@@ -121,7 +124,7 @@ def _native_w8a8(codes: Tensor, *rest: object) -> bool | str:
     return native.takes_width(codes)
 
 
-@linear_w8a8.impl("cpu", when=_native_w8a8)
+@linear_w8a8.impl("cpu", when=native_w8a8)
 def native_linear_w8a8(
     codes: Tensor,
     scale: Tensor,
@@ -136,8 +139,29 @@ def native_linear_w8a8(
     dtype: torch.dtype,
 ) -> Tensor:
     """AMX or VNNI product, everything after it before the result leaves the cache."""
-    one = (*codes.shape[:-1], 1)
     return native.linear_w8a8(
+        *native_arguments(
+            codes, scale, zero_point, weight, weight_scale, weight_sum, bias, outliers, outlier_weight, columns, dtype
+        )
+    )
+
+
+def native_arguments(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor | None,
+    bias: Tensor | None,
+    outliers: Tensor | None,
+    outlier_weight: Tensor | None,
+    columns: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Any, ...]:
+    """Arguments of `linear_w8a8` as the native kernels read them: contiguous, and of every row its scale."""
+    one = (*codes.shape[:-1], 1)
+    return (
         codes.contiguous(), scale.expand(one).contiguous(),
         None if zero_point is None else zero_point.expand(one).contiguous(),
         weight.contiguous(), weight_scale.contiguous(), weight_sum, None if bias is None else bias.contiguous(),

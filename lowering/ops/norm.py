@@ -63,7 +63,7 @@ def _norm_quantize_samples(device: torch.device) -> Iterator[Sample]:
         yield Sample(f"{label}-affine-split", (x, weight, bias, 1e-5, offset, mode, columns, False))
 
 
-def _quantize(y: Tensor, columns: Tensor | None, symmetric: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantize_rows(y: Tensor, columns: Tensor | None, symmetric: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if columns is None:
         return (*quantize_per_token.reference(y, symmetric), y.new_empty((*y.shape[:-1], 0)))
     return split_quantize.reference(y, columns, symmetric)
@@ -85,7 +85,7 @@ def norm_quantize(
 
     `mode` is "layer" (LayerNorm), "rms" or "rms_round_first" (see `rms_norm`). Without `columns`, R = 0.
     """
-    return _quantize(normalize(x, weight, bias, eps, offset, mode), columns, symmetric)
+    return quantize_rows(normalize(x, weight, bias, eps, offset, mode), columns, symmetric)
 
 
 def _add_norm_quantize_samples(device: torch.device) -> Iterator[Sample]:

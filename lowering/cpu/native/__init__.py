@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowering.ops import linear, quantize
+from lowering.ops import act, linear, quantize
 
 NAMESPACE = "int8pass_cpu"
 # Sums of products of two bytes overflow int32 beyond this many input channels.
@@ -127,10 +127,15 @@ def _product(codes: Tensor, scale: Tensor, zero_point: Tensor | None, weight: Te
     return codes.new_empty((*codes.shape[:-1], weight.shape[0]), dtype=rest[-1])
 
 
+def _gated_product(codes: Tensor, scale: Tensor, zero_point: Tensor | None, weight: Tensor, *rest: Any) -> Tensor:
+    return codes.new_empty((*codes.shape[:-1], weight.shape[0] // 2), dtype=rest[-2])
+
+
 quantize_per_token = _operator(quantize.quantize_per_token.reference, lambda x, symmetric: _quantized(x))
 split_quantize = _operator(quantize.split_quantize.reference, _split)
 split_quantize_dynamic = _operator(quantize.split_quantize_dynamic.reference, _split_dynamic)
 linear_w8a8 = _operator(linear.linear_w8a8.reference, _product)
+gated_linear = _operator(act.gated_linear, _gated_product)
 linear_w8a16 = _operator(
     linear.linear_w8a16.reference, lambda x, weight, *rest: x.new_empty((*x.shape[:-1], weight.shape[0]))
 )

@@ -4,12 +4,16 @@
 // instructions (once, which 32 rows and more pay for), and multiplies them with one block of 32 rows after the other: so
 // the results of a row are written side by side, which matters more than anything else here. The int32 block never
 // leaves the first cache: scales, zero points, outliers and bias are applied there, and the result is rounded once.
+//
+// Gated: a panel is 16 channels of the gate and the 16 of the up projection that they are multiplied with, so that the
+// product, half the size, is all that is written.
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <vector>
 
+#include "activation.h"
 #include "vector.h"
 
 namespace int8pass {
@@ -117,6 +121,7 @@ struct Problem {
   const float* weight_scale;
   const int32_t* weight_sum;
   const Tensor* bias;
+  std::optional<Activation> gate;  // the first half of the channels gates the second
   Buffer<int8_t> padded;     // rows from `padded_from`, in whole blocks of rows of `depth`
   int64_t padded_from = 0;
   Buffer<int32_t> row_sums;  // without tiles: what the flipped weights add to a row
@@ -128,6 +133,10 @@ struct Problem {
   const Tensor* outlier_weight = nullptr;  // float weights [n, r]
   Buffer<float> outliers;
   Buffer<uint16_t> bf16_outliers;
+
+  // Numbers in a row of the result, and how many of them a panel gives.
+  int64_t outputs() const { return gate ? n / 2 : n; }
+  int64_t panel_outputs() const { return gate ? 16 : PANEL; }
 
   // A block of rows with the distance between rows, all of it readable.
   const int8_t* rows(int64_t m0, int64_t* stride) const {
@@ -202,9 +211,13 @@ void read_outliers(Problem& p, const Tensor& outliers) {
 
 // 32 output channels: packed weights and everything the epilogue needs of them.
 struct Panel {
+  struct Channels {
+    int64_t first, count;
+  };
   explicit Panel(const Problem& p)
       : codes(PANEL * p.depth), outliers(p.r ? PANEL * p.r : 0), bf16_outliers(PANEL * p.bf16_depth * 2) {}
-  int64_t first = 0, width = 0;
+  int64_t first = 0, width = 0;     // of the result
+  Channels groups[2] = {};          // the rows of the weight in its two groups of lanes
   Buffer<uint8_t> codes;            // [depth / 64][2][16][16][4]
   Buffer<float> outliers;           // [r][32]
   Buffer<uint8_t> bf16_outliers;    // [bf16_depth / 32][2][16][16][2]
@@ -231,9 +244,11 @@ void pack_outliers(const Problem& p, Panel& panel) {
   } else {
     Buffer<float> row(round_up(p.r, LANES));
     std::memset(panel.outliers, 0, p.r * PANEL * sizeof(float));
-    for (int64_t n = 0; n < panel.width; ++n) {
-      read_floats(*p.outlier_weight, (panel.first + n) * p.r, p.r, row);
-      for (int64_t r = 0; r < p.r; ++r) panel.outliers[r * PANEL + n] = row[r];
+    for (int64_t lane = 0; lane < PANEL; ++lane) {
+      const auto [first, count] = panel.groups[lane / 16];
+      if (lane % 16 >= count) continue;
+      read_floats(*p.outlier_weight, (first + lane % 16) * p.r, p.r, row);
+      for (int64_t r = 0; r < p.r; ++r) panel.outliers[r * PANEL + lane] = row[r];
     }
   }
   for (int64_t pair = 0; pair < p.bf16_depth / 2; ++pair) {
@@ -253,30 +268,31 @@ void pack_outliers(const Problem& p, Panel& panel) {
 
 void fill(const Problem& p, Panel& panel, int64_t first) {
   panel.first = first;
-  panel.width = std::min(PANEL, p.n - first);
-  const auto* weight = reinterpret_cast<const uint8_t*>(p.weight);
-  for (int64_t group = 0; group < 2; ++group) {
-    const int64_t count = std::clamp<int64_t>(panel.width - group * 16, 0, 16);
-    pack(weight + (first + group * 16) * p.k, p.k, count, p.k, p.tiles ? 0 : 0x80, panel.codes + group * TILE,
-         2 * TILE);
-  }
+  panel.width = std::min(p.panel_outputs(), p.outputs() - first);
   std::fill_n(panel.scale, PANEL, 0.0f);
   std::fill_n(panel.bias, PANEL, 0.0f);
   std::fill_n(panel.sums, PANEL, 0);
-  std::copy_n(p.weight_scale + first, panel.width, panel.scale);
-  if (p.zero) std::copy_n(p.weight_sum + first, panel.width, panel.sums);
-  if (p.bias) read_floats(*p.bias, first, panel.width, panel.bias);
+  const auto* weight = reinterpret_cast<const uint8_t*>(p.weight);
+  for (int64_t group = 0; group < 2; ++group) {
+    const int64_t channel = first + group * (p.gate ? p.n / 2 : 16), lane = group * 16;
+    const int64_t count = p.gate ? panel.width : std::clamp<int64_t>(panel.width - lane, 0, 16);
+    panel.groups[group] = {channel, count};
+    pack(weight + channel * p.k, p.k, count, p.k, p.tiles ? 0 : 0x80, panel.codes + group * TILE, 2 * TILE);
+    std::copy_n(p.weight_scale + channel, count, panel.scale + lane);
+    if (p.zero) std::copy_n(p.weight_sum + channel, count, panel.sums + lane);
+    if (p.bias) read_floats(*p.bias, channel, count, panel.bias + lane);
+  }
   if (p.r) pack_outliers(p, panel);
 }
 
 // --------------------------------------------------------------------------------------------------------- products
 
-// A block of 32 rows times a panel, before scales: the int8 and the outlier part.
+// A block of 32 rows times a panel, before scales: the int8 part, and where the outlier part is.
 struct Block {
   const Panel* panel = nullptr;
   int64_t m0 = 0;
+  const float* part = nullptr;
   alignas(64) int32_t acc[BLOCK * PANEL];
-  alignas(64) float part[BLOCK * PANEL];
 };
 
 #ifdef INT8PASS_AMX
@@ -325,15 +341,18 @@ void multiply_tiles(const Problem& p, Block& block, const F& between) {
     between(s, steps);
   }
   INT8PASS_STORE(block.acc);
-  if (!p.bf16_depth) return;
+}
+
+void multiply_outlier_tiles(const Problem& p, const Panel& panel, int64_t m0, float* part) {
   const int64_t width = p.bf16_depth * 2;
-  const auto* left = reinterpret_cast<const uint8_t*>(p.bf16_outliers + block.m0 * p.bf16_depth);
-  const uint8_t* right = block.panel->bf16_outliers;
+  const bool two = p.m - m0 > 16;
+  const auto* left = reinterpret_cast<const uint8_t*>(p.bf16_outliers + m0 * p.bf16_depth);
+  const uint8_t* right = panel.bf16_outliers;
   INT8PASS_CLEAR();
   for (int64_t s = 0; s < p.bf16_depth / 32; ++s) {
     INT8PASS_STEP(_tile_dpbf16ps, left + s * DEPTH, width, right + 2 * s * TILE);
   }
-  INT8PASS_STORE(block.part);
+  INT8PASS_STORE(part);
 }
 #undef INT8PASS_CLEAR
 #undef INT8PASS_STEP
@@ -341,6 +360,7 @@ void multiply_tiles(const Problem& p, Block& block, const F& between) {
 #else
 template <class F>
 void multiply_tiles(const Problem&, Block&, const F&) {}
+void multiply_outlier_tiles(const Problem&, const Panel&, int64_t, float*) {}
 #endif
 
 constexpr int64_t STRIP = 8;  // rows whose sums stay in registers
@@ -370,18 +390,17 @@ void multiply_vectors(const Problem& p, Block& block) {
   }
 }
 
-void multiply_outliers(const Problem& p, Block& block) {
-  const float* weights = block.panel->outliers;
-  for (int64_t m = 0; m < std::min(BLOCK, p.m - block.m0); ++m) {
+void multiply_outliers(const Problem& p, const Panel& panel, int64_t m0, float* part) {
+  for (int64_t m = 0; m < std::min(BLOCK, p.m - m0); ++m) {
     __m512 left = _mm512_setzero_ps(), right = _mm512_setzero_ps();
-    const float* row = p.outliers + (block.m0 + m) * p.r;
+    const float* row = p.outliers + (m0 + m) * p.r;
     for (int64_t r = 0; r < p.r; ++r) {
       const __m512 x = _mm512_set1_ps(row[r]);
-      left = _mm512_fmadd_ps(x, _mm512_load_ps(weights + r * PANEL), left);
-      right = _mm512_fmadd_ps(x, _mm512_load_ps(weights + r * PANEL + 16), right);
+      left = _mm512_fmadd_ps(x, _mm512_load_ps(panel.outliers + r * PANEL), left);
+      right = _mm512_fmadd_ps(x, _mm512_load_ps(panel.outliers + r * PANEL + 16), right);
     }
-    _mm512_store_ps(block.part + m * PANEL, left);
-    _mm512_store_ps(block.part + m * PANEL + 16, right);
+    _mm512_store_ps(part + m * PANEL, left);
+    _mm512_store_ps(part + m * PANEL + 16, right);
   }
 }
 
@@ -389,88 +408,132 @@ void multiply_outliers(const Problem& p, Block& block) {
 
 enum class Outliers { NONE, COLUMNS, OWN_WEIGHTS };
 
-// Scales, zero points, outliers and bias for rows `begin` to `end` of the block. What a call has of them is known to
-// the compiler, and what the loop needs lies in registers: this must fit beside the tiles' own instructions.
-template <class T, bool ZERO, Outliers OUTLIERS>
-void finish_rows(const Problem& p, const Block& block, int64_t begin, int64_t end, T* out) {
-  const Panel& panel = *block.panel;
-  const int64_t n = p.n;
-  const float* scales = p.scale + block.m0;
-  const int32_t* zeros = p.zero + (ZERO ? block.m0 : 0);
-  T* to = out + block.m0 * n + panel.first;
-  const __mmask32 mask = panel.width >= PANEL ? ~__mmask32{0} : (__mmask32{1} << panel.width) - 1;
-  const __m512 weight_scale[2] = {_mm512_load_ps(panel.scale), _mm512_load_ps(panel.scale + 16)};
-  const __m512 bias[2] = {_mm512_load_ps(panel.bias), _mm512_load_ps(panel.bias + 16)};
-  const __m512i sums[2] = {_mm512_load_si512(panel.sums), _mm512_load_si512(panel.sums + 16)};
-  for (int64_t i = begin; i < end; ++i) {
-    const __m512 scale = _mm512_set1_ps(scales[i]);
+// Scales, zero points, outliers, bias and gate of one block. What a call has of them is known to the compiler, and what
+// the loop over the rows needs is loaded once and stays in registers: this must fit beside the tiles' own instructions.
+template <class T, bool ZERO, Outliers OUTLIERS, bool GATED>
+class Finish {
+ public:
+  Finish(const Problem& p, const Block& block, T* out)
+      : block_(block),
+        rows_(block.panel ? std::min(BLOCK, p.m - block.m0) : 0),
+        width_(p.outputs()),
+        scales_(p.scale + block.m0),
+        zeros_(p.zero + (ZERO ? block.m0 : 0)) {
+    if (!rows_) return;
+    const Panel& panel = *block.panel;
+    to_ = out + block.m0 * width_ + panel.first;
+    mask_ = panel.width >= PANEL ? ~__mmask32{0} : (__mmask32{1} << panel.width) - 1;
+    if constexpr (GATED) activation_ = *p.gate;
+    for (int64_t group = 0; group < 2; ++group) {
+      weight_scale_[group] = _mm512_load_ps(panel.scale + group * 16);
+      bias_[group] = _mm512_load_ps(panel.bias + group * 16);
+      sums_[group] = _mm512_load_si512(panel.sums + group * 16);
+    }
+  }
+
+  // The part of the rows that is due at a step of several.
+  [[gnu::always_inline]] void operator()(int64_t step, int64_t steps) const {
+    const int64_t end = std::min(rows_, BLOCK * (step + 1) / steps);
+    for (int64_t i = BLOCK * step / steps; i < end; ++i) row(i);
+  }
+
+ private:
+  [[gnu::always_inline]] void row(int64_t i) const {
+    const __m512 scale = _mm512_set1_ps(scales_[i]);
     __m512 y[2];
     for (int64_t group = 0; group < 2; ++group) {
       const int64_t at = i * PANEL + group * 16;
-      __m512i acc = _mm512_load_si512(block.acc + at);
-      if constexpr (ZERO) acc = _mm512_sub_epi32(acc, _mm512_mullo_epi32(_mm512_set1_epi32(zeros[i]), sums[group]));
-      y[group] = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc), scale), weight_scale[group]);
-      if constexpr (OUTLIERS != Outliers::NONE) {
-        const __m512 part = _mm512_load_ps(block.part + at);
-        y[group] = OUTLIERS == Outliers::COLUMNS ? _mm512_fmadd_ps(part, weight_scale[group], y[group])
-                                                 : _mm512_add_ps(y[group], part);
+      __m512i acc = _mm512_load_si512(block_.acc + at);
+      if constexpr (ZERO) acc = _mm512_sub_epi32(acc, _mm512_mullo_epi32(_mm512_set1_epi32(zeros_[i]), sums_[group]));
+      y[group] = _mm512_cvtepi32_ps(acc);
+      if constexpr (OUTLIERS == Outliers::COLUMNS) {  // in units of the weight's scale, as the codes are
+        y[group] = _mm512_fmadd_ps(y[group], scale, _mm512_load_ps(block_.part + at));
+      } else {
+        y[group] = _mm512_mul_ps(y[group], scale);
       }
-      y[group] = _mm512_add_ps(y[group], bias[group]);
+      y[group] = _mm512_fmadd_ps(y[group], weight_scale_[group], bias_[group]);
+      if constexpr (OUTLIERS == Outliers::OWN_WEIGHTS) {
+        y[group] = _mm512_add_ps(y[group], _mm512_load_ps(block_.part + at));
+      }
     }
-    store(to + i * n, mask, y[0], y[1]);
+    T* to = to_ + i * width_;
+    // The line that the next panel writes: its owner is asked for it while this one is at work.
+    __builtin_prefetch(reinterpret_cast<char*>(to) + 64, 1);
+    if constexpr (GATED) {
+      store(to, static_cast<__mmask16>(mask_), _mm512_mul_ps(activate<T>(activation_, y[0]), y[1]));
+    } else {
+      store(to, mask_, y[0], y[1]);
+    }
   }
-}
 
-template <class T>
-void finish(const Problem& p, const Block& block, int64_t begin, int64_t end, T* out) {
-  end = std::min(end, p.m - block.m0);
-  const Outliers outliers = !p.r ? Outliers::NONE : p.columns ? Outliers::COLUMNS : Outliers::OWN_WEIGHTS;
-  const auto with = [&]<Outliers O>() {
-    p.zero ? finish_rows<T, true, O>(p, block, begin, end, out) : finish_rows<T, false, O>(p, block, begin, end, out);
-  };
-  switch (outliers) {
-    case Outliers::NONE:
-      return with.template operator()<Outliers::NONE>();
-    case Outliers::COLUMNS:
-      return with.template operator()<Outliers::COLUMNS>();
-    case Outliers::OWN_WEIGHTS:
-      return with.template operator()<Outliers::OWN_WEIGHTS>();
-  }
-}
+  const Block& block_;
+  const int64_t rows_, width_;
+  const float* scales_;
+  const int32_t* zeros_;
+  T* to_ = nullptr;
+  __mmask32 mask_ = 0;
+  Activation activation_ = Activation::RELU;
+  __m512 weight_scale_[2], bias_[2];
+  __m512i sums_[2];
+};
 
 // A group of panels times the rows from `first` to `last`. Each block is finished while the next one is multiplied.
-template <class T>
+template <class T, bool ZERO, Outliers OUTLIERS, bool GATED>
 void run_group(const Problem& p, const std::vector<Panel>& panels, int64_t count, int64_t first, int64_t last, T* out) {
+  using FinishBlock = Finish<T, ZERO, OUTLIERS, GATED>;
   Block blocks[2];
   Block *now = &blocks[0], *before = &blocks[1];
+  Buffer<float> parts(p.r ? count * BLOCK * PANEL : 0);
   for (int64_t m0 = first; m0 < last; m0 += BLOCK) {
+    if constexpr (OUTLIERS != Outliers::NONE) {
+      // A product of a tile or two is over before its result can be stored: those of all panels follow each other.
+      const FinishBlock finish(p, *before, out);
+      for (int64_t i = 0; i < count; ++i) {
+        finish(i, count);  // the block that waits reads the last part, which is written last
+        float* part = parts + i * BLOCK * PANEL;
+        p.bf16_depth ? multiply_outlier_tiles(p, panels[i], m0, part) : multiply_outliers(p, panels[i], m0, part);
+      }
+      before->panel = nullptr;
+    }
     for (int64_t i = 0; i < count; ++i) {
       now->panel = &panels[i];
       now->m0 = m0;
-      const auto finish_before = [&](int64_t step, int64_t steps) {
-        if (before->panel) finish(p, *before, BLOCK * step / steps, BLOCK * (step + 1) / steps, out);
-      };
+      now->part = parts + i * BLOCK * PANEL;
+      const FinishBlock finish(p, *before, out);
       if (p.tiles) {
-        multiply_tiles(p, *now, finish_before);
+        multiply_tiles(p, *now, finish);
       } else {
-        finish_before(0, 1);
+        finish(0, 1);
         multiply_vectors(p, *now);
       }
-      if (p.r && !p.bf16_depth) multiply_outliers(p, *now);
       std::swap(now, before);
     }
   }
-  finish(p, *before, 0, BLOCK, out);
+  FinishBlock(p, *before, out)(0, 1);
+}
+
+template <class T>
+using RunGroup = void (*)(const Problem&, const std::vector<Panel>&, int64_t, int64_t, int64_t, T*);
+
+template <class T, bool GATED>
+RunGroup<T> with_outliers(const Problem& p) {
+  if (!p.r) return p.zero ? run_group<T, true, Outliers::NONE, GATED> : run_group<T, false, Outliers::NONE, GATED>;
+  if (p.columns) {
+    return p.zero ? run_group<T, true, Outliers::COLUMNS, GATED> : run_group<T, false, Outliers::COLUMNS, GATED>;
+  }
+  return p.zero ? run_group<T, true, Outliers::OWN_WEIGHTS, GATED> : run_group<T, false, Outliers::OWN_WEIGHTS, GATED>;
 }
 
 template <class T>
 void run(const Problem& p, T* out) {
-  const int64_t threads = torch::stable::get_num_threads(), panels = ceil_div(p.n, PANEL);
+  const int64_t threads = torch::stable::get_num_threads(), panels = ceil_div(p.outputs(), p.panel_outputs());
   const int64_t most = std::max<int64_t>(1, GROUP_BYTES / (PANEL * p.depth));
-  // Enough pieces of work for all threads: groups of panels, and only where those are too few, pieces of the rows.
-  const int64_t group = std::min(most, ceil_div(panels, threads)), groups = ceil_div(panels, group);
+  // Every thread takes as many groups of panels as the others, and only where there are too few panels, pieces of rows.
+  const int64_t rounds = ceil_div(panels, threads * most), group = ceil_div(panels, threads * rounds);
+  const int64_t groups = ceil_div(panels, group);
   const int64_t chunks = std::clamp<int64_t>(ceil_div(threads, groups), 1, ceil_div(p.m, CHUNK));
   const int64_t chunk = round_up(ceil_div(p.m, chunks), BLOCK);
+  const RunGroup<T> group_of_panels = p.gate ? with_outliers<T, true>(p) : with_outliers<T, false>(p);
   torch::stable::parallel_for(0, groups * chunks, 1, [&](int64_t begin, int64_t end) {
     std::vector<Panel> packed;
     for (int64_t i = 0; i < group; ++i) packed.emplace_back(p);
@@ -480,24 +543,22 @@ void run(const Problem& p, T* out) {
       const int64_t count = std::min(group, panels - first_panel);
       // Pieces of rows of one group follow each other.
       for (int64_t i = 0; (item == begin || item % chunks == 0) && i < count; ++i) {
-        fill(p, packed[i], (first_panel + i) * PANEL);
+        fill(p, packed[i], (first_panel + i) * p.panel_outputs());
       }
-      if (first_row < p.m) run_group(p, packed, count, first_row, std::min(first_row + chunk, p.m), out);
+      if (first_row < p.m) group_of_panels(p, packed, count, first_row, std::min(first_row + chunk, p.m), out);
     }
   });
 }
 
-}  // namespace
-
-Tensor linear_w8a8(const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& zero_point,
-                   const Tensor& weight, const Tensor& weight_scale, const std::optional<Tensor>& weight_sum,
-                   const std::optional<Tensor>& bias, const std::optional<Tensor>& outliers,
-                   const std::optional<Tensor>& outlier_weight, const std::optional<Tensor>& columns,
-                   ScalarType dtype) {
-  Tensor out = empty_like_rows(codes, weight.size(0), dtype);
+Tensor multiply(const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& zero_point, const Tensor& weight,
+                const Tensor& weight_scale, const std::optional<Tensor>& weight_sum, const std::optional<Tensor>& bias,
+                const std::optional<Tensor>& outliers, const std::optional<Tensor>& outlier_weight,
+                const std::optional<Tensor>& columns, ScalarType dtype, std::optional<Activation> gate) {
   Problem p;
   p.m = row_count(codes), p.n = weight.size(0), p.k = weight.size(1), p.depth = round_up(p.k, DEPTH);
-  if (!p.m || !p.n) return out;
+  p.gate = gate;
+  Tensor out = empty_like_rows(codes, p.outputs(), dtype);
+  if (!p.m || !p.outputs()) return out;
   p.codes = static_cast<const int8_t*>(codes.data_ptr());
   p.scale = static_cast<const float*>(scale.data_ptr());
   p.zero = zero_point ? static_cast<const int32_t*>(zero_point->data_ptr()) : nullptr;
@@ -512,6 +573,26 @@ Tensor linear_w8a8(const Tensor& codes, const Tensor& scale, const std::optional
   if (outliers) read_outliers(p, *outliers);
   for_float_type(dtype, [&](auto* type) { run(p, static_cast<decltype(type)>(out.data_ptr())); });
   return out;
+}
+
+}  // namespace
+
+Tensor linear_w8a8(const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& zero_point,
+                   const Tensor& weight, const Tensor& weight_scale, const std::optional<Tensor>& weight_sum,
+                   const std::optional<Tensor>& bias, const std::optional<Tensor>& outliers,
+                   const std::optional<Tensor>& outlier_weight, const std::optional<Tensor>& columns,
+                   ScalarType dtype) {
+  return multiply(codes, scale, zero_point, weight, weight_scale, weight_sum, bias, outliers, outlier_weight, columns,
+                  dtype, std::nullopt);
+}
+
+Tensor gated_linear(const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& zero_point,
+                    const Tensor& weight, const Tensor& weight_scale, const std::optional<Tensor>& weight_sum,
+                    const std::optional<Tensor>& bias, const std::optional<Tensor>& outliers,
+                    const std::optional<Tensor>& outlier_weight, const std::optional<Tensor>& columns,
+                    ScalarType dtype, std::string act) {
+  return multiply(codes, scale, zero_point, weight, weight_scale, weight_sum, bias, outliers, outlier_weight, columns,
+                  dtype, activation_of(act));
 }
 
 // ------------------------------------------------------------------------------------------------------ weight only
@@ -586,6 +667,7 @@ Tensor linear_w8a16(const Tensor& x, const Tensor& weight, const Tensor& weight_
 
 STABLE_TORCH_LIBRARY_IMPL(int8pass_cpu, CPU, library) {
   library.impl("linear_w8a8", TORCH_BOX(&linear_w8a8));
+  library.impl("gated_linear", TORCH_BOX(&gated_linear));
   library.impl("linear_w8a16", TORCH_BOX(&linear_w8a16));
 }
 
