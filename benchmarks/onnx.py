@@ -1,18 +1,23 @@
 """int8 ONNX files in ONNX Runtime and OpenVINO against their own float32, and against ONNX Runtime's quantizers.
 
-    python -m benchmarks.onnx            # MiniLM at length 128, one thread and two: some minutes
-    python -m benchmarks.onnx --full     # SmolLM2 too
+    python -m benchmarks.onnx                    # MiniLM at length 128, one thread and two: some minutes
+    python -m benchmarks.onnx --full             # SmolLM2, perplexity, 16 architectures, a file of 2 GB too
+    python -m benchmarks.onnx --only minilm-1    # one piece (see --help), whatever an earlier run has found
 
-Per model and thread count: medians in milliseconds of calls in alternation, and the speed-up over the float file of the
-same runtime. Per file: the linears in int8 in each runtime, and the relative error to the float model, on text that no
-calibration saw, at length 128 and at length 1. Everything in one run, written to benchmarks/results/onnx.json.
+A full run takes the pieces one by one and writes benchmarks/results/onnx.json after each; started again, it goes on
+with the first that is missing, and finds the files it has made in --folder. Speed: medians in milliseconds of calls in
+alternation, and the speed-up over the float file of the same runtime. Errors are relative to the float file, on text
+that no calibration saw.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import math
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,113 +26,64 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import openvino
 import torch
-from onnxruntime import quantization
-from torch import Tensor
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import int8pass
-from benchmarks.cpu import CALIBRATION
+from benchmarks import onnx_files
+from benchmarks.onnx_files import EVALUATION, LENGTH
 from int8pass import example_inputs, hub, measure
-from int8pass.export import _quiet
 from int8pass.qdq.lint import lint
-from int8pass.recipe import CALIBRATED
 
-LENGTH, ROUNDS = 128, 30
-RECIPES = ("w8a8", "default", "smoothquant-o3")
-EVALUATION = 4
-"""Windows of text, the first ones, that errors are taken on."""
-
-
-class Batches(quantization.CalibrationDataReader):
-    """The windows that the recipes calibrate on too."""
-
-    def __init__(self, batches: list[dict[str, np.ndarray]]) -> None:
-        self._batches = iter(batches)
-
-    def get_next(self) -> Any:
-        return next(self._batches, None)
+Feed = dict[str, np.ndarray]
+Call = Callable[[Feed], np.ndarray]
+ROUNDS = {"minilm": 30, "smollm2": 10}
+WINDOWS = 16
+LARGE = 32
+"""Linears of 64 MiB: 2 GiB of weights."""
 
 
-def feeds(args: dict[str, Any], text: Tensor) -> list[dict[str, np.ndarray]]:
-    """Inputs of the files for windows of text."""
-    return [
-        {
-            name: (ids[None] if name == "input_ids" else torch.ones_like(ids)[None]).numpy()
-            for name, value in args.items()
-            if isinstance(value, Tensor)
-        }
-        for ids in text
-    ]
+def session(path: Path, threads: int) -> Any:
+    """A file in ONNX Runtime."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    return onnxruntime.InferenceSession(str(path), options)
 
 
-def _tensors(feed: dict[str, np.ndarray], args: dict[str, Any]) -> dict[str, Any]:
-    """A feed as the model itself takes it, with what else the example has (use_cache)."""
-    return {name: torch.from_numpy(feed[name]) if name in feed else value for name, value in args.items()}
-
-
-def files(name: str, folder: Path, text: Tensor) -> tuple[dict[str, Path], dict[str, Any]]:
-    """The float file, ours, and those of ONNX Runtime's quantizers; and what each runtime runs in int8."""
-    model, _ = hub.load(name)
-    example = example_inputs.prefill(model, text[:1])
-    made = {"fp32": folder / "fp32.onnx"}
-    with _quiet(), torch.no_grad():
-        torch.onnx.export(
-            model, (), made["fp32"], kwargs=example.args, dynamic_shapes=example.dynamic_shapes, dynamo=True,
-            opset_version=21, external_data=False, verbose=False,
-        )  # fmt: skip
-    float_model = onnx.load(made["fp32"])
-    del float_model.graph.value_info[:]  # ONNX Runtime's quantizers trip over shapes it holds
-    onnx.save(float_model, made["fp32"])
-    batches = feeds(example.args, text[EVALUATION:])
-    for preset in tqdm(RECIPES, desc="export"):
-        recipe = int8pass.Recipe.preset(preset)
-        if preset in CALIBRATED:
-            recipe = int8pass.calibrate(model, [_tensors(b, example.args) for b in batches], recipe)
-        made[f"int8pass {preset}"] = path = folder / f"{preset}.onnx"
-        int8pass.export_onnx(
-            model, example.args, path, recipe=recipe, target="portable", dynamic_shapes=example.dynamic_shapes
-        )
-    only = {"op_types_to_quantize": ["MatMul", "Gemm"], "per_channel": True}
-    made["ort quantize_dynamic"] = folder / "dynamic.onnx"
-    quantization.quantize_dynamic(made["fp32"], made["ort quantize_dynamic"], **only)
-    made["ort quantize_static"] = folder / "static.onnx"
-    quantization.quantize_static(made["fp32"], made["ort quantize_static"], Batches(batches))
-    unsigned = {"activation_type": quantization.QuantType.QUInt8, **only}
-    made["ort quantize_static u8"] = folder / "static_u8.onnx"
-    quantization.quantize_static(made["fp32"], made["ort quantize_static u8"], Batches(batches), **unsigned)
-    kernels = {
-        f"{label}, {runtime}": f"{sum(f.int8 for f in found.findings)} of {len(found.findings)}"
-        for label, path in made.items()
-        if label != "fp32"
-        for runtime in ("onnxruntime", "openvino")
-        for found in [lint(path, runtime)]
-    }
-    return made, kernels
-
-
-def callables(made: dict[str, Path], threads: int) -> dict[str, Callable[[dict[str, np.ndarray]], np.ndarray]]:
-    """Every file in both runtimes."""
-    calls: dict[str, Callable[[dict[str, np.ndarray]], np.ndarray]] = {}
+def callables(made: dict[str, Path], threads: int) -> dict[str, Call]:
+    """Every file in the runtimes it is for."""
+    calls: dict[str, Call] = {}
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
     for label, path in made.items():
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = threads, 3
-        session = onnxruntime.InferenceSession(str(path), options)
-        calls[f"onnxruntime {label}"] = lambda feed, session=session: session.run(None, feed)[0]
-        if label == "fp32" or label.startswith("int8pass"):
+        if "for openvino" not in label:
+            opened = session(path, threads)
+            calls[f"onnxruntime {label}"] = lambda feed, opened=opened: opened.run(None, feed)[0]
+        if not label.startswith("ort") and "for onnxruntime" not in label:
             compiled = openvino.Core().compile_model(str(path), "CPU", settings)
             calls[f"openvino {label}"] = lambda feed, compiled=compiled: compiled(list(feed.values()))[0]
     return calls
 
 
-def speed(made: dict[str, Path], feed: dict[str, np.ndarray], threads: int) -> dict[str, Any]:
+def kernels(made: dict[str, Path]) -> dict[str, str]:
+    """Per file and runtime: the linears that run in int8."""
+    found = {}
+    for label, path in tqdm([(k, v) for k, v in made.items() if k != "fp32"], desc="kernels"):
+        for runtime in ("onnxruntime", "openvino"):
+            if "for " not in label or f"for {runtime}" in label:
+                findings = lint(path, runtime).findings
+                found[f"{label}, {runtime}"] = f"{sum(f.int8 for f in findings)} of {len(findings)}"
+    return found
+
+
+def speed(made: dict[str, Path], feed: Feed, threads: int, rounds: int) -> dict[str, Any]:
     """Medians, in alternation, and the ratio to the same runtime's float file."""
     calls = callables(made, threads)
     times: dict[str, list[float]] = {label: [] for label in calls}
-    for _ in tqdm(range(ROUNDS + 3), desc=f"{threads} threads"):
+    for _ in tqdm(range(rounds + 3), desc=f"{threads} threads"):
         for label, call in calls.items():
             begin = time.perf_counter()
             call(feed)
@@ -139,11 +95,11 @@ def speed(made: dict[str, Path], feed: dict[str, np.ndarray], threads: int) -> d
     }
 
 
-def errors(made: dict[str, Path], batches: list[dict[str, np.ndarray]]) -> dict[str, float]:
+def errors(made: dict[str, Path], batches: list[Feed]) -> dict[str, float]:
     """Relative error of the first output to the float file's in ONNX Runtime, the mean over batches."""
     found: dict[str, list[float]] = {}
     calls = callables(made, 1)
-    for feed in batches:
+    for feed in tqdm(batches, desc="errors"):
         reference = calls["onnxruntime fp32"](feed)
         for label, call in calls.items():
             error = np.linalg.norm(call(feed) - reference) / np.linalg.norm(reference)
@@ -151,38 +107,137 @@ def errors(made: dict[str, Path], batches: list[dict[str, np.ndarray]]) -> dict[
     return {label: round(statistics.mean(values), 6) for label, values in found.items()}
 
 
+def _inputs(name: str) -> tuple[list[Feed], list[Feed]]:
+    """Windows to evaluate on, whole and cut to one token."""
+    model, tokenizer = hub.load(name)
+    windows = onnx_files.text(tokenizer)[:EVALUATION]
+    args = example_inputs.prefill(model, windows[:1]).args
+    return onnx_files.feeds(args, windows), onnx_files.feeds(args, windows[:, :1])
+
+
+def facts_of(name: str, folder: Path) -> dict[str, Any]:
+    """Kernels and errors of a model's files."""
+    made = getattr(onnx_files, name)(folder)
+    whole, one_token = _inputs(name)
+    return {
+        "length": LENGTH,
+        "linears in int8": kernels(made),
+        f"relative error at length {LENGTH}": errors(made, whole),
+        "relative error at length 1": errors(made, one_token),
+    }
+
+
+def speed_of(name: str, folder: Path, threads: int) -> dict[str, Any]:
+    """Speed of a model's files at LENGTH tokens."""
+    made = getattr(onnx_files, name)(folder)
+    return speed(made, _inputs(name)[0][0], threads, ROUNDS[name])
+
+
+def decode(folder: Path) -> dict[str, Any]:
+    """The graph for one more token: its kernels."""
+    return {"linears in int8": kernels(onnx_files.decode(folder))}
+
+
+def perplexity(folder: Path) -> dict[str, Any]:
+    """SmolLM2 through ONNX Runtime, in float and per token with calibrated columns, on the first WINDOWS windows."""
+    float_path, columns = onnx_files.with_columns(folder)
+    _, tokenizer = hub.load("smollm2")
+    windows = hub.windows(tokenizer)[:WINDOWS]
+    found = {}
+    for label, path in (("fp32", float_path), ("int8", columns)):
+        opened, loss = session(path, 2), 0.0
+        for ids in tqdm(windows, desc=f"perplexity {label}"):
+            (logits,) = opened.run(None, {"input_ids": ids[None].numpy()})
+            loss += F.cross_entropy(torch.from_numpy(logits[0, :-1]), ids[1:], reduction="sum").item()
+        found[label] = math.exp(loss / (len(windows) * (windows.shape[1] - 1)))
+        del opened
+    counted = lint(columns).findings
+    return {
+        "recipe": "outlier-columns", "windows": len(windows), **{k: round(v, 4) for k, v in found.items()},
+        "ratio": round(found["int8"] / found["fp32"], 5),
+        "linears in int8": f"{sum(f.int8 for f in counted)} of {len(counted)}",
+    }  # fmt: skip
+
+
+def load_time(folder: Path) -> dict[str, Any]:
+    """Seconds until ONNX Runtime has a session of a file of 2 GiB, as exported and in the Transpose form."""
+    path = onnx_files.once(folder / "large.onnx", lambda p: onnx_files.large(p, LARGE))
+    turned = onnx_files.once(folder / "transposed.onnx", lambda p: onnx_files.transposed(path, p))
+    found: dict[str, Any] = {"GiB": round(sum(_bytes(path)) / 2**30, 3)}
+    for label, file in (("seconds", path), ("seconds, Transpose form", turned)):
+        gc.collect()
+        begin, used = time.perf_counter(), time.process_time()
+        opened = session(file, 2)
+        found[label] = round(time.perf_counter() - begin, 2)
+        found[label.replace("seconds", "CPU seconds")] = round(time.process_time() - used, 2)
+        del opened
+    return found
+
+
+def _bytes(path: Path) -> list[int]:
+    return [v.const_value.nbytes for v in ir.load(path).graph.initializers.values() if v.const_value is not None]
+
+
+def architectures(folder: Path) -> dict[str, Any]:
+    """16 architectures at toy sizes: the linears that run in int8 in both runtimes."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    from architectures import EXPORTED, build
+
+    found = {}
+    for name in tqdm(EXPORTED, desc="architectures"):
+        model, inputs = build(name)
+        path = folder / f"{name}.onnx"
+        int8pass.export_onnx(model, inputs, path, recipe="w8a8", target="portable", verify="warn")
+        found |= kernels({name: path})
+    return found
+
+
+PIECES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "minilm": lambda folder: facts_of("minilm", folder),
+    "minilm-1": lambda folder: speed_of("minilm", folder, 1),
+    "minilm-2": lambda folder: speed_of("minilm", folder, 2),
+    "smollm2": lambda folder: facts_of("smollm2", folder),
+    "smollm2-1": lambda folder: speed_of("smollm2", folder, 1),
+    "smollm2-2": lambda folder: speed_of("smollm2", folder, 2),
+    "decode": decode,
+    "perplexity": perplexity,
+    "architectures": architectures,
+    "load": load_time,
+}
+"""A name before the hyphen is a folder of files."""
+
+
+def _where() -> dict[str, Any]:
+    return {
+        "device": measure.device_name(torch.device("cpu")).split(",")[0],
+        "versions": {
+            "int8pass": int8pass.__version__, "torch": torch.__version__, "onnx": onnx.__version__,
+            "onnxruntime": onnxruntime.__version__, "openvino": openvino.__version__.split("-")[0],
+        },
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="SmolLM2 too")
+    parser.add_argument("--full", action="store_true", help="all pieces that --out has not")
+    parser.add_argument("--only", nargs="+", choices=list(PIECES), help="these pieces, again where --out has them")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "int8pass-onnx-files")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/onnx.json"))
     arguments = parser.parse_args()
     report: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    for name in ("minilm", "smollm2") if arguments.full else ("minilm",):
-        model, tokenizer = hub.load(name)
-        windows = hub.windows(tokenizer, LENGTH)
-        text = windows[[*range(EVALUATION), *range(CALIBRATION.start, CALIBRATION.stop)]]
-        names = example_inputs.prefill(model, text[:1]).args
-        with tempfile.TemporaryDirectory() as folder:
-            made, kernels = files(name, Path(folder), text)
-            report[name] = {
-                "length": LENGTH,
-                "linears in int8": kernels,
-                f"relative error at length {LENGTH}": errors(made, feeds(names, text[:EVALUATION])),
-                "relative error at length 1": errors(made, feeds(names, text[:EVALUATION, :1])),
-            }
-            (feed,) = feeds(names, text[:1])
-            for threads in (1, 2):
-                report[name][f"{threads} threads"] = speed(made, feed, threads)
-        report[name] |= {
-            "device": measure.device_name(torch.device("cpu")).split(",")[0],
-            "versions": {
-                "int8pass": int8pass.__version__, "torch": torch.__version__, "onnx": onnx.__version__,
-                "onnxruntime": onnxruntime.__version__, "openvino": openvino.__version__.split("-")[0],
-            },
-        }  # fmt: skip
+    if {k: report.get(k) for k in ("device", "versions")} != _where():
+        report = _where()
+    wanted = arguments.only or [p for p in PIECES if (p not in report if arguments.full else p.startswith("minilm"))]
+    for piece in (bar := tqdm(wanted, desc="pieces")):
+        bar.set_postfix_str(piece)
+        folder = arguments.folder / {"perplexity": "smollm2"}.get(piece, piece.split("-")[0])
+        folder.mkdir(parents=True, exist_ok=True)
+        begin = time.perf_counter()
+        report[piece] = PIECES[piece](folder)
+        report[piece]["took, s"] = round(time.perf_counter() - begin, 1)
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
-        print(json.dumps(report[name], indent=1))
+        print(json.dumps({piece: report[piece]}, indent=1))
 
 
 if __name__ == "__main__":

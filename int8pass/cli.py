@@ -1,7 +1,7 @@
 """The `int8pass` command: run, inspect, calibrate, export, lint, bench.
 
-The only module that imports typer; rich is imported here and by the text of a report. The table and the display of
-progress are used by the examples too.
+Only modules of commands import typer; rich is imported by the text of a report too. The table and the display
+of progress are used by the examples too.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ import os
 import shutil
 import sys
 import sysconfig
-import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from torch import nn
@@ -26,28 +24,34 @@ from torch import nn
 import int8pass
 from int8pass import bench as layer_bench
 from int8pass import hub, measure
-from int8pass.errors import CalibrationWarning, CaptureError, Int8PassError, OptionError, UnsupportedError
+from int8pass.errors import CaptureError, OptionError, UnsupportedError
 
 try:
     import typer
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
     from rich.table import Table
     from rich.text import Text
 except ModuleNotFoundError as missing:
     raise SystemExit(f"the int8pass command needs {missing.name}: pip install 'int8pass[hf]'") from None
 
+from int8pass import onnx_commands
+from int8pass.terminal import (
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    ModelArgument,
+    RecipeOption,
+    Steps,
+    device_of,
+    load,
+    recipe_of,
+    reported,
+    require_folder,
+    warnings_printed,
+)
+
 CALIBRATION_START = 100
 """The first calibration window: far from those that perplexity is measured on."""
-
-
-class Dtype(enum.StrEnum):
-    """Weights' dtype of the original model. `auto`: bfloat16 on a GPU, float32 on a CPU."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 class Mode(enum.StrEnum):
@@ -57,41 +61,6 @@ class Mode(enum.StrEnum):
     reduce_overhead = "reduce-overhead"
     max_autotune = "max-autotune"
 
-
-class ExportTarget(enum.StrEnum):
-    """`portable`: one file for ONNX Runtime and OpenVINO."""
-
-    onnxruntime = "onnxruntime"
-    openvino = "openvino"
-    tensorrt = "tensorrt"
-    portable = "portable"
-
-
-class LintRuntime(enum.StrEnum):
-    """Where a linted file shall run; TensorRT's rules are checked on the graph alone."""
-
-    onnxruntime = "onnxruntime"
-    openvino = "openvino"
-    tensorrt = "tensorrt"
-
-
-class Verify(enum.StrEnum):
-    """`error`: no file; `warn`: keep it and say so; `off`: do not look."""
-
-    error = "error"
-    warn = "warn"
-    off = "off"
-
-
-ModelArgument = Annotated[
-    str, typer.Argument(help="smollm2, minilm, a transformers hub id, a folder with a model, or a .gguf file.")
-]
-DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the original; auto: bfloat16 on a GPU, else float32.")]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: the GPU if there is one.")]
-RecipeOption = Annotated[
-    str,
-    typer.Option("--recipe", "--preset", help="A preset's name or a recipe file (.json)."),
-]
 
 app = typer.Typer(
     name="int8pass",
@@ -122,14 +91,14 @@ def run(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
 ) -> None:
     """Measure MODEL in its original dtype (plain Inductor) and in int8, and print one table."""
-    with _reported():
-        chosen = _recipe(recipe)
-        device_ = _device(device)
+    with reported():
+        chosen = recipe_of(recipe)
+        device_ = device_of(device)
         _require_compiler(device_)
         if json_file is not None:
-            _require_folder("--json", json_file)
+            require_folder("--json", json_file)
         with Steps() as progress:
-            loaded, tokenizer = _load(model, dtype, device_, progress)
+            loaded, tokenizer = load(model, dtype, device_, progress)
             _require_text_generator(loaded, model)
             text = hub.windows(tokenizer, measure.LENGTH)
             if calibrate:
@@ -201,11 +170,11 @@ def inspect(
     from int8pass.inspect import command
 
     with _inspection_reported():
-        device_ = _device(device)
+        device_ = device_of(device)
 
         def request(settings: str) -> command.Request:
             return command.Request(
-                model, _recipe(settings), device_, length, text, windows, sensitivity, profile, tuple(output or ()),
+                model, recipe_of(settings), device_, length, text, windows, sensitivity, profile, tuple(output or ()),
                 stage,
             )  # fmt: skip
 
@@ -214,7 +183,7 @@ def inspect(
             def inspected(settings: str) -> int8pass.Report:
                 if not model:
                     raise OptionError(f"MODEL is missing ({settings} is no saved report, so a model must be inspected)")
-                load = lambda name: _load(name, dtype, device_, progress)  # noqa: E731
+                load = lambda name: load(name, dtype, device_, progress)  # noqa: E731
                 return command.report_on(request(settings), load, progress)
 
             if diff is not None:
@@ -237,7 +206,7 @@ def inspect(
 @contextmanager
 def _inspection_reported() -> Iterator[None]:
     """As `_reported`; of a model that cannot be captured, what could be seen is printed first."""
-    with _reported():
+    with reported():
         try:
             yield
         except CaptureError as failure:
@@ -262,13 +231,13 @@ def calibrate(
     error: Annotated[float | None, typer.Option(min=0.0, help="Budget: mean relative error of the sites.")] = None,
 ) -> None:
     """Run text through MODEL, and write a recipe for `int8pass run MODEL --recipe FILE` and for torch.compile."""
-    with _reported():
-        chosen = _recipe(recipe)  # a wrong name is said before anything is loaded
-        device_ = _device(device)
-        _require_folder("--output", output)
+    with reported():
+        chosen = recipe_of(recipe)  # a wrong name is said before anything is loaded
+        device_ = device_of(device)
+        require_folder("--output", output)
         content = _text(text)
-        with Steps() as progress, _warnings_printed():
-            loaded, tokenizer = _load(model, dtype, device_, progress)
+        with Steps() as progress, warnings_printed():
+            loaded, tokenizer = load(model, dtype, device_, progress)
             if content is None:
                 batches = _batches(hub.windows(tokenizer, measure.LENGTH), windows, CALIBRATION_START)
             else:
@@ -296,7 +265,7 @@ def diff(
     second: Annotated[Path, typer.Argument(help="Another.")],
 ) -> None:
     """Print what differs between two recipes, one line each; exit 1 where something does."""
-    with _reported():
+    with reported():
         lines = int8pass.Recipe.load(first).diff(int8pass.Recipe.load(second))
     for line in lines or ["no difference"]:
         Console().print(line, markup=False, highlight=False, soft_wrap=True)
@@ -304,74 +273,8 @@ def diff(
         raise typer.Exit(1)
 
 
-@app.command()
-def export(
-    model: ModelArgument,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")] = Path("model.onnx"),
-    target: Annotated[ExportTarget, typer.Option(help="The runtime whose int8 kernels the file is written for.")] = (
-        ExportTarget.onnxruntime
-    ),
-    recipe: RecipeOption = "default",
-    with_past: Annotated[
-        bool, typer.Option("--with-past", help="The graph for one more token, with past keys and values.")
-    ] = False,
-    static: Annotated[bool, typer.Option("--static", help="Only the shapes of the example, no other length.")] = False,
-    length: Annotated[int, typer.Option(min=2, help="Tokens of the example that the graph is traced with.")] = 64,
-    verify: Annotated[Verify, typer.Option(help="What to do with a file that does not verify.")] = Verify.error,
-) -> None:
-    """Write MODEL as an ONNX file that TARGET runs in int8, and check in TARGET that it does."""
-    with _reported():
-        from int8pass import example_inputs
-        from int8pass.export import export_onnx
-
-        chosen = _recipe(recipe)
-        _require_folder("--output", output)
-        with Steps() as progress:
-            loaded, tokenizer = _load(model, Dtype.float32, torch.device("cpu"), progress)
-            ids = hub.windows(tokenizer, length)[:1]
-            make = example_inputs.decode if with_past else example_inputs.prefill
-            example = make(loaded, ids, dynamic=not static)
-            made = export_onnx(
-                loaded,
-                example.args,
-                output,
-                recipe=chosen,
-                target=target.value,
-                dynamic_shapes=example.dynamic_shapes,
-                verify={Verify.error: True, Verify.warn: "warn", Verify.off: False}[verify],  # type: ignore[arg-type]
-                progress=progress,
-            )
-        Console().print(str(made), markup=False, highlight=False, soft_wrap=True)
-
-
-@app.command()
-def lint(
-    file: Annotated[Path, typer.Argument(help="An ONNX model with QuantizeLinear / DequantizeLinear, by any tool.")],
-    runtime: Annotated[LintRuntime, typer.Option(help="Where it shall run in int8.")] = LintRuntime.onnxruntime,
-    fix: Annotated[bool, typer.Option("--fix", help="Rewrite what is safe, then look again.")] = False,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Where --fix writes the model (default: in its place).")
-    ] = None,
-) -> None:
-    """Say which linears of FILE run in int8 and which fell back, why, and how to repair it.
-
-    Exit code 0: all of them run in int8. 1: some do not, the file does not load, or nothing in it is quantized.
-    """
-    with _reported():
-        try:
-            from int8pass.qdq import lint as linter
-        except ModuleNotFoundError as missing:
-            raise UnsupportedError(f"lint needs {missing.name}: pip install 'int8pass[onnx]'") from missing
-        console = Console()
-        if output is not None and not fix:
-            raise OptionError("--output says where --fix writes; give --fix too")
-        if fix:
-            for name, count in linter.fix(file, output).items():
-                console.print(f"fixed {name}: {count} places", markup=False, highlight=False, soft_wrap=True)
-        found = linter.lint(output or file, runtime.value)
-        console.print(str(found), markup=False, highlight=False, soft_wrap=True)
-        if not found.passed:
-            raise typer.Exit(1)
+for _command in (onnx_commands.export, onnx_commands.lint):
+    app.command()(_command)
 
 
 def table(comparison: measure.Comparison) -> Table:
@@ -427,15 +330,15 @@ def bench(
 
     Found tiles are used by every later torch.compile with int8 on this chip; nothing is searched then.
     """
-    with _reported():
+    with reported():
         if table_file is not None and not tune:
             raise OptionError("--table: is for what --tune finds.")
         for option, file in (("--table", table_file), ("--json", json_file)):
             if file is not None:
-                _require_folder(option, file)
+                require_folder(option, file)
         shapes = layer_bench.parse_shapes(shape) if shape else layer_bench.SHAPES
         counts = rows or layer_bench.ROWS
-        device_ = _device(device)
+        device_ = device_of(device)
         layer_bench.require_gpu(device_)
         console = Console()
         with Steps() as progress:
@@ -459,35 +362,6 @@ def speed_table(speeds: list[layer_bench.Speed]) -> Table:
         numbers = (str(s.rows), str(s.n), str(s.k), f"{s.int8_us:.1f}", f"{s.bf16_us:.1f}")
         shown.add_row(*numbers, f"{s.bf16_us / s.int8_us:.2f}x", s.kernel)
     return shown
-
-
-class Steps:
-    """Shows a `measure.Progress` on stderr: bars on a terminal, elsewhere one plain line when a step has ended."""
-
-    def __init__(self) -> None:
-        self._console = Console(stderr=True)
-        self._bars = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            console=self._console, disable=not self._console.is_terminal,
-        )  # fmt: skip
-        self._tasks: dict[str, TaskID] = {}
-        self._begun: dict[str, float] = {}
-
-    def __enter__(self) -> Steps:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
-    def __call__(self, title: str, done: int, total: int) -> None:
-        if title not in self._tasks:
-            self._tasks[title] = self._bars.add_task(title, total=total)
-            self._begun[title] = time.perf_counter()
-        self._bars.update(self._tasks[title], completed=done)
-        if done == total and not self._console.is_terminal:
-            seconds = time.perf_counter() - self._begun[title]
-            self._console.print(f"{title}: {seconds:.1f} s", markup=False, highlight=False)
 
 
 def calibrated(
@@ -514,71 +388,6 @@ def _text(path: Path | None) -> str | None:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as failure:
         raise OptionError(f"--text {path}: cannot be read as UTF-8 text: {failure}") from failure
-
-
-@contextmanager
-def _warnings_printed() -> Iterator[None]:
-    """What calibration warns of, as one line on stderr each."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", CalibrationWarning)
-        yield
-    for warning in caught:
-        if issubclass(warning.category, CalibrationWarning):
-            Console(stderr=True).print(f"int8pass: {warning.message}", markup=False, highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _reported() -> Iterator[None]:
-    """An expected error ends the command with its message alone; anything else keeps its traceback."""
-    try:
-        yield
-    except Exception as failure:
-        # Dynamo wraps what a backend raises
-        expected = failure if isinstance(failure, Int8PassError) else getattr(failure, "inner_exception", None)
-        if not isinstance(expected, Int8PassError):
-            raise
-        Console(stderr=True).print(f"int8pass: {expected}", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from failure
-
-
-def _recipe(text: str) -> int8pass.Recipe:
-    """A preset by name, else a recipe file."""
-    if text in int8pass.presets():
-        return int8pass.Recipe.preset(text)
-    path = Path(text).expanduser()
-    if not path.is_file():
-        raise OptionError(
-            f"--recipe {text}: neither a preset nor a recipe file. Presets: {', '.join(int8pass.presets())}."
-        )
-    return int8pass.Recipe.load(path)
-
-
-def _device(text: str) -> torch.device:
-    if text == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(text)
-    except RuntimeError as failure:
-        raise OptionError(f"--device {text}: not a device. Give auto, cpu, cuda or cuda:N.") from failure
-    if device.type not in ("cpu", "cuda"):
-        raise OptionError(f"--device {text}: int8pass runs on cpu and cuda.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise OptionError(f"--device {text}: this machine has {torch.cuda.device_count()} CUDA devices.")
-    return device
-
-
-def _load(name: str, dtype: Dtype, device: torch.device, progress: measure.Progress) -> tuple[nn.Module, Any]:
-    chosen = {"cuda": "bfloat16", "cpu": "float32"}[device.type] if dtype is Dtype.auto else dtype.value
-    title = f"load {name}"
-    progress(title, 0, 1)
-    loaded = hub.load(name, dtype=getattr(torch, chosen), device=device)
-    progress(title, 1, 1)
-    return loaded
-
-
-def _require_folder(option: str, path: Path) -> None:
-    if not path.parent.is_dir():
-        raise OptionError(f"{option} {path}: there is no folder {path.parent}.")
 
 
 def _require_text_generator(model: nn.Module, name: str) -> None:

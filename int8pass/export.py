@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 import json
-import logging
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,21 +22,15 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from torch import Tensor, fx, nn
-from torch.export import ExportedProgram, ModuleCallEntry, ModuleCallSignature
-from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputSpec, TensorArgument
+from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from int8pass import pipeline
-from int8pass.capture import Program, from_export
 from int8pass.errors import CaptureError, ExportError, OptionError, UnsupportedError
-from int8pass.fuse import fuse_linears
-from int8pass.graph.constants import Constant, Store
-from int8pass.graph.pattern import op_name
-from int8pass.match import module_path, source_line
 from int8pass.pipeline import Facts
-from int8pass.quantize import pack_weight
 from int8pass.recipe import Options, Recipe, Scheme
+from int8pass.repack import to_portable
+from int8pass.translate import OPSETS, quiet, to_onnx
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -48,9 +39,6 @@ if TYPE_CHECKING:
 
 Target = Literal["onnxruntime", "openvino", "tensorrt", "portable"]
 TARGETS: tuple[str, ...] = get_args(Target)
-
-OPSETS = {"onnxruntime": 23, "openvino": 23, "tensorrt": 21, "portable": 21}
-"""RMSNormalization and Attention are one node from 23 on; what reads a file of the other targets may be older."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (step, 0, 1) when a step begins and (step, 1, 1) when it has ended."""
@@ -135,6 +123,9 @@ def export_onnx(
         with _step(progress, "quantize"):
             chosen = for_target(settings.recipe, target)
             portable, facts = to_portable(exported, chosen)
+            if target == "tensorrt" and (tiny := _tiny(facts)):
+                chosen = chosen.override(tiny, keep=True)
+                portable, facts = to_portable(exported, chosen)
         with _step(progress, "translate to ONNX"):
             onnx_model = to_onnx(portable, target)
             _describe(onnx_model, facts, chosen, target)
@@ -144,7 +135,10 @@ def export_onnx(
         verification = None
         if verify:
             with _step(progress, "verify"):
-                verification = verify_file(written, target, _planned(facts), *_expected(exported, portable, args))
+                verification = verify_file(
+                    written, target, _planned(facts), *_expected(exported, portable, args),
+                    shortest=_shortest(model, exported, args) if _has_static(chosen) else None,
+                )  # fmt: skip
             if not verification.passed and verify != "warn":
                 raise ExportError(f"{file} was not written, because it does not verify:\n{verification}")
         files.publish(written, file)
@@ -181,8 +175,12 @@ def capture(model: nn.Module, args: Any, dynamic_shapes: Any = None) -> Exported
     """
     positional, keywords = _arguments(args)
     try:
-        with _quiet():
-            return torch.export.export(model, positional, keywords, dynamic_shapes=dynamic_shapes, strict=False)
+        with quiet():
+            return torch.export.export(
+                model, positional, keywords, dynamic_shapes=dynamic_shapes, strict=False,
+                # what torch cannot prove of a dynamic size is no reason to refuse it (strides of past keys and values)
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )  # fmt: skip
     except Exception as error:
         reason = str(error).strip().split("\n\n")[0][:2000]
         raise CaptureError(f"torch.export cannot trace the model: {type(error).__name__}: {reason}") from error
@@ -192,21 +190,6 @@ def _arguments(args: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(args, Mapping):
         return (), dict(args)
     return ((args,) if isinstance(args, Tensor) else tuple(args)), {}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """torch's own deprecations and remarks are none of the user's business."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # "torchvision is not installed"
-    try:
-        with warnings.catch_warnings():
-            for category in (DeprecationWarning, FutureWarning, UserWarning):
-                warnings.filterwarnings("ignore", category=category)
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def for_target(recipe: Recipe, target: str) -> Recipe:
@@ -225,169 +208,17 @@ def _symmetric(scheme: Scheme) -> Scheme:
     return dataclasses.replace(scheme, symmetric=True) if scheme.activations == "static" else scheme
 
 
-def to_portable(exported: ExportedProgram, recipe: Recipe) -> tuple[ExportedProgram, Facts]:
-    """The exported program in portable form, its int8 linears as one op each, with packed weights as its buffers.
-
-    Raises:
-        UnsupportedError: a linear to quantize computes in another dtype than float32.
-    """
-    program = from_export(exported)
-    facts = pipeline.to_portable(program, recipe)
-    fuse_linears(program)
-    _require_float32(program)
-    _refuse_groups(program)
-    return _repacked(exported, program), facts
+def _has_static(recipe: Recipe) -> bool:
+    """Whether a range of activations was calibrated: then it was for some lengths, and may not hold at others."""
+    schemes = [recipe.scheme, *(site.scheme for site in recipe.sites.values() if site.scheme is not None)]
+    return any(scheme.activations == "static" for scheme in schemes)
 
 
-def _require_float32(program: Program) -> None:
-    for node in program.graph.nodes:
-        if op_name(node) in {"linear_w8a8", "linear_w8a16"} and node.meta["val"].dtype != torch.float32:
-            raise UnsupportedError(
-                f"{module_path(node)} computes in {node.meta['val'].dtype} ({source_line(node)}). The int8 kernels of "
-                "ONNX Runtime and OpenVINO on a CPU work with float32 around them, and leave other types unfused "
-                "(trap T8): export model.float()."
-            )
+def _tiny(facts: Facts) -> list[str]:
+    """Sites with a linear so small that TensorRT takes longer for it in int8 than in float."""
+    from int8pass.qdq.traps import SMALLEST_TENSORRT
 
-
-def _refuse_groups(program: Program) -> None:
-    for node in program.graph.nodes:
-        if op_name(node) == "linear" and op_name(node.args[1]) == "dequantize_weight_groups":
-            raise UnsupportedError(
-                f"{module_path(node)} ({source_line(node)}): group-wise weights have no int8 kernel in ONNX runtimes. "
-                "ONNX Runtime fails when it runs them with quantized activations (trap T7) and multiplies in float "
-                'without. Export recipe.override(weights="per_channel").'
-            )
-
-
-def _repacked(exported: ExportedProgram, program: Program) -> ExportedProgram:
-    """`program` as an ExportedProgram: constants become buffers with real values, inputs and outputs stay."""
-    specs = exported.graph_signature.input_specs
-    tensors = {**exported.constants, **exported.state_dict}
-    store = Store()
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    inputs: list[InputSpec] = []
-    state: dict[str, Any] = {}
-    kept: dict[str, Any] = {}
-    names: dict[str, str] = {}
-    for attribute, constant in program.constants.used().items():
-        name = _unused(_name(constant), state)
-        state[name] = store.value(constant, lambda p: tensors[specs[p.position].target])
-        node = graph.placeholder(f"b_{attribute}")
-        node.meta["val"] = getattr(program.gm, attribute)
-        names[attribute] = node.name
-        inputs.append(InputSpec(InputKind.BUFFER, TensorArgument(node.name), name, persistent=True))
-    lifted = {node.name: node for node in graph.nodes}
-    remaining = iter(program.placeholders)
-    for node in program.graph.nodes:
-        if node.op == "get_attr" and str(node.target) in names:
-            copies[node] = lifted[names[str(node.target)]]
-            continue
-        copies[node] = graph.node_copy(node, lambda n: copies[n])
-        if node.op == "placeholder":
-            spec = specs[next(remaining)]
-            inputs.append(InputSpec(spec.kind, _renamed(spec.arg, copies[node]), spec.target, spec.persistent))
-            if spec.target is not None:  # a tensor that is written in place, and so is no constant
-                (kept if spec.target in exported.constants else state)[spec.target] = tensors[spec.target]
-    results = graph.output_node().args[0]
-    outputs = [
-        OutputSpec(spec.kind, _renamed(spec.arg, result), spec.target)
-        for spec, result in zip(exported.graph_signature.output_specs, results)  # type: ignore[arg-type]
-    ]
-    return ExportedProgram(
-        root=_subgraphs(program),
-        graph=graph,
-        graph_signature=ExportGraphSignature(inputs, outputs),
-        state_dict=state,
-        range_constraints=exported.range_constraints,
-        module_call_graph=[_flat_call(exported)],
-        example_inputs=None,  # with them, torch guards against inputs of other containers
-        constants=kept,
-        verifiers=exported.verifiers,  # of the dialect in which ops may write in place; torch.onnx takes that out
-    )
-
-
-def _flat_call(exported: ExportedProgram) -> ModuleCallEntry:
-    """A call with flat inputs and outputs: torch traces the program again for ONNX, and would make the user's
-    containers in there (an empty key/value cache holds tensors, which it then misses among its constants)."""
-    inputs = pytree.tree_structure((tuple(pytree.tree_leaves(exported.example_inputs)), {}))
-    outputs = pytree.tree_structure([0] * len(exported.graph_signature.user_outputs))
-    return ModuleCallEntry("", ModuleCallSignature([], [], inputs, outputs))
-
-
-def _renamed(argument: Any, node: Any) -> Any:
-    return TensorArgument(node.name) if isinstance(argument, TensorArgument) and isinstance(node, fx.Node) else argument
-
-
-def _subgraphs(program: Program) -> nn.Module:
-    root = nn.Module()
-    for node in program.graph.nodes:
-        if node.op == "get_attr" and program.constants.get(node) is None:
-            setattr(root, str(node.target), getattr(program.gm, str(node.target)))
-    return root
-
-
-def _name(constant: Constant) -> str:
-    """What a constant is called in the file: `layers.0.q_proj.weight_int8` and `…weight_scale` for a packed weight."""
-    if constant.compute is pack_weight:
-        path = constant.label.removesuffix("_1").removesuffix(".int8")
-        return f"{path}.weight_scale" if constant.output else f"{path}.weight_int8"
-    return constant.label
-
-
-def _unused(name: str, taken: Mapping[str, object]) -> str:
-    candidates = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1)))
-    return next(n for n in candidates if n not in taken)
-
-
-def to_onnx(portable: ExportedProgram, target: str) -> ir.Model:
-    """The ONNX model of a portable program, in the form the target's kernels are matched by.
-
-    Raises:
-        UnsupportedError: an op of the model has no ONNX translation in torch; names module and line.
-    """
-    import lowering.onnx
-    from int8pass.qdq import rewrite
-
-    opset = OPSETS[target]
-    try:
-        with _quiet():
-            made = torch.onnx.export(
-                portable,
-                dynamo=True,
-                opset_version=opset,
-                custom_translation_table=lowering.onnx.translations(opset),
-                optimize=False,  # below, after the weights are where they belong
-                verbose=False,
-            )
-    except torch.onnx.OnnxExporterError as error:
-        raise _untranslated(portable, opset, error) from error
-    assert made is not None
-    tensors = [n for n in portable.graph.nodes if n.name in portable.graph_signature.user_inputs]
-    for value, node in zip(made.model.graph.inputs, (n for n in tensors if isinstance(n.meta.get("val"), Tensor))):
-        value.name = node.name
-    rewrite.prepare(made.model, unsigned=target != "tensorrt")
-    return made.model
-
-
-def _untranslated(portable: ExportedProgram, opset: int, error: Exception) -> UnsupportedError:
-    """Which node of the model has no translation, for people."""
-    cause = _root(error)
-    text = str(cause)
-    named = re.search(r"op='\w+\.(\w+)'", text)  # perhaps what torch decomposed the model's op into
-    for node in portable.graph.nodes:
-        if named and op_name(node).endswith(named[1]):
-            return UnsupportedError(
-                f"{node.target} has no translation to ONNX opset {opset}: used by {module_path(node)} at "
-                f"{source_line(node)}. Write that part with other ops, or export the model without it."
-            )
-    return UnsupportedError(f"torch.onnx cannot translate the model: {type(cause).__name__}: {text[:1000]}")
-
-
-def _root(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
+    return [s.name for s in facts.matches.sites if min(min(r.shape) for r in s.readers) < SMALLEST_TENSORRT]
 
 
 def _describe(model: ir.Model, facts: Facts, recipe: Recipe, target: str) -> None:
@@ -417,6 +248,37 @@ def _expected(
     original = exported.module(check_guards=False)(*positional, **keywords)
     inputs = [v for v in flat if isinstance(v, Tensor)]
     return inputs, *([v for v in pytree.tree_leaves(r) if isinstance(v, Tensor)] for r in (found, original))  # type: ignore[return-value]
+
+
+def _shortest(model: nn.Module, exported: ExportedProgram, args: Any) -> tuple[list[Tensor], list[Tensor]] | None:
+    """The example's inputs with every dynamic axis at its smallest size, and what the model computes from them.
+
+    None where no axis is dynamic, or the model does not take sizes as small.
+    """
+    symbols = {s: 1 if r.lower <= 2 else int(r.lower) for s, r in exported.range_constraints.items()}  # 2: torch's own
+    flat, spec = pytree.tree_flatten(copy.deepcopy(_arguments(args)))
+    shapes = [n.meta["val"] for n in exported.graph.nodes if n.name in exported.graph_signature.user_inputs]
+    short = [_cut(value, like, symbols) for value, like in zip(flat, shapes, strict=True)]
+    if all(a is b for a, b in zip(flat, short)):
+        return None
+    inputs = [v.clone() for v in short if isinstance(v, Tensor)]
+    positional, keywords = pytree.tree_unflatten(short, spec)
+    try:
+        found = model(*positional, **keywords)
+    except (RuntimeError, ValueError, IndexError):
+        return None
+    return inputs, [v for v in pytree.tree_leaves(found) if isinstance(v, Tensor)]
+
+
+def _cut(value: Any, like: Any, symbols: Mapping[Any, int]) -> Any:
+    """The first entries of `value` along the axes that are symbols in `like`."""
+    if not isinstance(value, Tensor) or not isinstance(like, Tensor):
+        return value
+    sizes: list[Any] = list(like.shape)
+    for axis, size in enumerate(sizes):
+        if isinstance(size, torch.SymInt):
+            value = value.narrow(axis, 0, min(int(size.node.expr.xreplace(symbols)), value.shape[axis]))
+    return value
 
 
 __all__ = ["OPSETS", "TARGETS", "Export", "export_onnx"]

@@ -224,6 +224,13 @@ ARCHITECTURES: tuple[Architecture, ...] = (
 # fmt: on
 
 
+# Architectures whose graphs torch.export and torch.onnx take in seconds; one of every family and spelling.
+EXPORTED = (
+    "llama", "qwen2", "gemma2", "phi3", "olmo2", "gpt2", "gpt_neox", "opt", "falcon", "starcoder2", "bert", "roberta",
+    "distilbert", "t5", "vit", "dinov2",
+)  # fmt: skip
+
+
 def build(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Tensor]]:
     """The model of that row, in eval mode and with its parameters redrawn, and the arguments to call it with."""
     (architecture,) = (each for each in ARCHITECTURES if each.name == name)

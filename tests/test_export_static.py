@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import int8pass
 from int8pass import example_inputs, hub
-from int8pass.errors import UnsupportedError
+from int8pass.errors import ExportError, UnsupportedError
 from int8pass.qdq.rewrite import activation_quantizers, constant_of
 from int8pass.recipe import Recipe
 
@@ -107,6 +107,30 @@ def test_calibrated_at_length_128_and_run_at_length_1(tmp_path: Path) -> None:
         errors[length] = relative_error(torch.from_numpy(found), expected)
     assert errors[128] < 0.02
     assert errors[1] < 0.1, errors  # 20 dB; files of tools that quantize every tensor come out at 5 to 9
+
+
+class Collapsing(nn.Module):
+    """A sum over the length, which a range of long inputs does not fit at length 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(x.sum(dim=1, keepdim=True) * x.shape[1])) * x.shape[1] ** 2)
+
+
+def test_a_static_file_that_collapses_at_length_1_is_refused_with_advice(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Collapsing().eval(), torch.randn(2, 64, 64)
+    recipe = int8pass.calibrate(model, [x], Recipe.preset("smoothquant-o3").override(clipping="minmax", alpha=0.0))
+    axes = ({1: torch.export.Dim("length", min=2, max=128)},)
+    path = tmp_path / "m.onnx"
+    options = {"target": "portable", "quantize_head": True}
+    with pytest.raises(ExportError, match=r"smallest sizes \(2×1×64\)[\s\S]*COLLAPSED there: the static ranges.*w8a8"):
+        int8pass.export_onnx(model, x, path, recipe=recipe, dynamic_shapes=axes, **options)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+    int8pass.export_onnx(model, x, path, recipe="w8a8", dynamic_shapes=axes, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

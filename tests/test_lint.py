@@ -211,6 +211,77 @@ def test_signed_integers_multiply_slowly(tmp_path: Path) -> None:
     np.testing.assert_array_equal(run(path, floats(ROWS, K))[0], before)
 
 
+def replaced(made: onnx.ModelProto, **arrays: np.ndarray) -> onnx.ModelProto:
+    """The model with other constants."""
+    for stored in made.graph.initializer:
+        if stored.name in arrays:
+            stored.CopyFrom(numpy_helper.from_array(arrays[stored.name], stored.name))
+    return made
+
+
+def test_a_model_that_does_not_load_is_named_and_fixed(tmp_path: Path) -> None:
+    made = linear(zero=np.int8(0), shape=(2, ROWS, K))
+    made.graph.node[-1].output[0] = "product"
+    bias = {"b": np.arange(N, dtype=np.int32), "bs": np.full(N, 3e-4, np.float32), "bz": np.zeros(N, np.int32)}
+    made.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in bias.items())
+    made.graph.node.extend([
+        helper.make_node("DequantizeLinear", ["b", "bs", "bz"], ["bd"], axis=0),
+        helper.make_node("Add", ["product", "bd"], ["y0"]),
+    ])  # fmt: skip
+    path = tmp_path / "m.onnx"
+    onnx.save(made, path)
+    found = lint(path)
+    assert "cannot load" in found.does_not_load
+    assert [[t.id for t in f.traps] for f in found.findings] == [["T5"]]
+    assert fix(path) == {"T5": 1}
+    assert lint(path).passed, str(lint(path))
+    x = floats(2, ROWS, K)
+    codes = np.clip(np.rint(x / np.float32(0.03)), -128, 127) * 0.03
+    weight = numpy_helper.to_array(next(i for i in made.graph.initializer if i.name == "m0.w")) * 0.01
+    np.testing.assert_allclose(run(path, x)[0], codes @ weight + np.arange(N) * 3e-4, rtol=1e-3, atol=2e-3)
+
+
+def test_weights_in_blocks_with_quantized_activations_fail_when_run(tmp_path: Path) -> None:
+    made = linear(shape=(1, "length", K))
+    (read,) = (n for n in made.graph.node if n.input[0] == "m0.w")
+    del read.attribute[:]
+    read.attribute.extend([helper.make_attribute("axis", 0), helper.make_attribute("block_size", 32)])
+    replaced(made, sw=np.full((K // 32, N), 0.01, np.float32), wz=np.zeros((K // 32, N), np.int8))
+    path = tmp_path / "m.onnx"
+    onnx.save(made, path)
+    with pytest.raises(Exception, match="MatMulIntegerToFloat"):  # what a user would meet
+        onnxruntime.InferenceSession(str(path)).run(None, {"x": floats(1, ROWS, K)})
+    found = lint(path)
+    assert not found.passed
+    assert [[t.id for t in f.traps] for f in found.findings] == [["T7"]]
+
+
+def test_half_precision_around_the_integers_runs_in_float(tmp_path: Path) -> None:
+    made = replaced(linear(shape=(1, "length", K)), sx=np.array(0.03, np.float16), sw=np.full(N, 0.01, np.float16))
+    for value in (made.graph.input[0], made.graph.output[0]):
+        value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    path = tmp_path / "m.onnx"
+    onnx.save(made, path)
+    found = lint(path)
+    assert not any(f.int8 for f in found.findings)
+    assert [[t.id for t in f.traps] for f in found.findings] == [["T8"]]
+
+
+def test_rules_of_tensorrt(tmp_path: Path) -> None:
+    def broken(made: onnx.ModelProto) -> list[list[str]]:
+        path = tmp_path / "m.onnx"
+        onnx.save(made, path)
+        return [[t.id for t in f.traps] for f in lint(path, "tensorrt").findings]
+
+    shape = (1, ROWS, K)
+    assert broken(linear(zero=np.int8(0), shape=shape)) == [[]]
+    assert broken(linear(zero=np.int8(3), shape=shape)) == [["TRT-zero"]]
+    scales = {"sx": np.full(ROWS, 0.03, np.float32), "zx": np.zeros(ROWS, np.int8)}
+    assert broken(replaced(linear(zero=np.int8(0), shape=shape), **scales)) == [["TRT-axis"]]  # axis 1: the rows
+    tiny = {"m0.w": np.ones((K, 8), np.int8), "sw": np.ones(8, np.float32), "wz": np.zeros(8, np.int8)}
+    assert broken(replaced(linear(zero=np.int8(0), shape=shape), **tiny)) == [["TRT-tiny"]]
+
+
 def test_the_command_says_what_runs_by_its_exit_code(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     onnx.save(linear(bias="float"), path)

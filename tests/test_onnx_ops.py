@@ -13,8 +13,8 @@ from kernel_checks import compare
 from torch import Tensor, nn
 
 import lowering.ops  # noqa: F401
-from int8pass.export import _quiet
 from int8pass.graph.dialect import PORTABLE_OPS
+from int8pass.translate import quiet
 from lowering.onnx import translations
 from lowering.registry import Op, Sample, all_ops
 
@@ -60,7 +60,7 @@ class _Call(nn.Module):
 def run_in_onnx(op: Op, args: tuple[Any, ...], opset: int) -> list[np.ndarray]:
     """The op alone in a file, in ONNX Runtime, nothing optimized away."""
     tensors = tuple(a.contiguous() for a in args if isinstance(a, Tensor))
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         made = torch.onnx.export(
             torch.export.export(_Call(op, args), tensors, strict=False), dynamo=True, opset_version=opset,
             custom_translation_table=translations(opset), optimize=False, verbose=False,

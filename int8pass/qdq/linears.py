@@ -55,7 +55,7 @@ class Linear:
         node = self.node
         while len(node.outputs[0].uses()) == 1:
             node = node.outputs[0].uses()[0][0]
-            if node.op_type not in {"Add", "Cast", "Mul"}:
+            if node.op_type not in {"Add", "Cast", "Mul", "Sum"}:
                 break
             names |= {str(node.name), str(node.outputs[0].name)}
         return names

@@ -134,6 +134,9 @@ def _name_nodes(model: ir.Model) -> None:
 
 def _finding(linear: Linear, kernel: runtimes.Kernel, opset: int, runtime: str) -> Finding:
     found = [t for t in traps.traps_of(linear, opset) if runtime in t.runtimes]
+    fails = [t for t in found if t.id == "T7"]  # fused, and then an error whenever it is run
+    if fails and kernel.int8:
+        return Finding(linear.path, _shape(linear), f"{kernel.name}, which fails", False, tuple(fails))
     if kernel.int8:  # what fuses anyway is in no trap; slow loading is one all the same
         found = [t for t in found if t.id == "T9"]
     return Finding(linear.path, _shape(linear), kernel.name, kernel.int8, tuple(found))

@@ -95,7 +95,9 @@ def open_onnxruntime(ort: Any, path: Path, linears: Sequence[Linear]) -> Opened:
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
         try:
             session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except ort.capi.onnxruntime_pybind11_state.OrtException as error:
+        except Exception as error:  # each kind of failure has a class of its own there, without a common base
+            if type(error).__module__ != ort.capi.onnxruntime_pybind11_state.__name__:
+                raise
             raise RuntimeError(str(error)) from error
         optimized = onnx.load(options.optimized_model_filepath, load_external_data=False)
     names = [entry.name for entry in session.get_inputs()]

@@ -162,12 +162,13 @@ def _signed_integers(linear: Linear, opset: int) -> bool:
 
 
 def _does_not_load(linear: Linear, opset: int) -> bool:
-    bias = linear.node.inputs[2] if linear.node.op_type == "Gemm" and len(linear.node.inputs) > 2 else None
     rank, static = _static_rank(linear)
-    add = bias_node(linear)
-    value = bias_of(add) if add is not None else bias
-    made = value.producer() if value is not None else None
-    return opset >= 21 and signed(linear) and rank == 3 and static and made is not None
+    uses = linear.node.outputs[0].uses()
+    if opset < 21 or not signed(linear) or rank != 3 or not static or len(uses) != 1 or uses[0][0].op_type != "Add":
+        return False
+    bias = uses[0][0].inputs[1 - uses[0][1]]
+    made = bias.producer() if bias is not None else None
+    return made is not None and made.op_type == "DequantizeLinear"
 
 
 def _no_zero_point(linear: Linear, opset: int) -> bool:

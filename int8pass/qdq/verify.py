@@ -31,6 +31,12 @@ be. They differ in the order of float sums, which tips a few roundings, and a de
 two PyTorch runs whose inputs differ by 1e-7 are apart by nearly the error of quantization."""
 FLOOR = 2e-3
 """Relative error that is never held against a runtime."""
+COLLAPSE = 0.3
+"""Relative error, 10 dB, from which a file that runs at its smallest sizes has nothing left of the model."""
+ADVICE = (
+    "the static ranges do not hold at sizes that calibration did not see. Calibrate on such inputs too, or use a "
+    "recipe with one scale per token (w8a8): it has no ranges that could fail"
+)
 
 
 @dataclass(frozen=True)
@@ -60,12 +66,19 @@ class Result:
     error: float | None = None
     """Relative error to the original model."""
     allowed: float | None = None
+    shortest: tuple[str, float] | None = None
+    """The smallest sizes of the inputs, and the relative error to the original model there; for static ranges."""
 
     @property
     def passed(self) -> bool:
         """Every planned linear in int8, numbers within what is allowed (NaN is not)."""
         near = self.distance is None or (self.allowed is not None and self.distance <= self.allowed)
-        return not self.fallbacks and near
+        return not self.fallbacks and near and not self.collapsed
+
+    @property
+    def collapsed(self) -> bool:
+        """At the smallest sizes nothing is left of the model."""
+        return self.shortest is not None and not self.shortest[1] <= COLLAPSE
 
     def __str__(self) -> str:
         kernels = ", ".join(f"{count} {name}" for name, count in self.kernels.most_common())
@@ -78,6 +91,10 @@ class Result:
                 f"    relative distance to the portable form {self.distance:.2e}, error to the original "
                 f"{self.error:.2e} (allowed {self.allowed:.2e}){verdict}"
             )
+        if self.shortest is not None:
+            lines.append(f"    relative error at the smallest sizes ({self.shortest[0]}) {self.shortest[1]:.2e}")
+        if self.collapsed:
+            lines.append(f"    COLLAPSED there: {ADVICE}")
         return "\n".join(lines)
 
 
@@ -122,12 +139,14 @@ def verify_file(
     inputs: Sequence[Tensor],
     portable: Sequence[Tensor],
     original: Sequence[Tensor],
+    shortest: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
 ) -> Verification:
     """Open a written file in the runtimes of its target, and compare.
 
     Args:
         planned: module paths of the linears that shall run in int8.
         inputs, portable, original: flat inputs, and the outputs of the portable form and of the original model.
+        shortest: inputs of the smallest sizes, and the outputs of the original model for them.
     """
     model = ir.load(path)
     found = qdq_linears.find(model)
@@ -136,7 +155,7 @@ def verify_file(
         broken += tensorrt_rules(model, found)
         note = "not run: TensorRT needs its GPU. Checked are the rules of its parser on the graph."
         return Verification((), tuple(broken), (note,))
-    results = [_result(name, path, found, inputs, portable, original) for name in RUNTIMES[target]]
+    results = [_result(name, path, found, inputs, portable, original, shortest) for name in RUNTIMES[target]]
     return Verification(tuple(results), tuple(broken))
 
 
@@ -154,6 +173,7 @@ def _result(
     inputs: Sequence[Tensor],
     portable: Sequence[Tensor],
     original: Sequence[Tensor],
+    shortest: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
 ) -> Result:
     opened = runtimes.open_in(runtime, path, found)
     outputs = opened.run([tensor.numpy() for tensor in inputs])
@@ -166,7 +186,13 @@ def _result(
         _distance(outputs, portable),
         _distance(outputs, original),
         FLOOR + SLACK * own,
+        _at_shortest(opened, *shortest) if shortest is not None else None,
     )
+
+
+def _at_shortest(opened: runtimes.Opened, inputs: Sequence[Tensor], original: Sequence[Tensor]) -> tuple[str, float]:
+    sizes = ", ".join("×".join(map(str, tensor.shape)) for tensor in inputs)
+    return sizes, _distance(opened.run([tensor.numpy() for tensor in inputs]), original)
 
 
 def fallbacks(opened: runtimes.Opened, found: Sequence[Linear], opset: int) -> tuple[Fallback, ...]:

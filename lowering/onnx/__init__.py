@@ -11,22 +11,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lowering.onnx import linear, norm, quantize
+import torch
+
+from lowering.onnx import attention, linear, norm, quantize
 from lowering.registry import all_ops
 
 
-def translations(opset: int) -> dict[Any, Callable[..., Any]]:
+def translations(opset: int, target: str = "portable") -> dict[Any, Callable[..., Any]]:
     """Op overload → translation for a model of that opset, as `torch.onnx.export(custom_translation_table=...)`.
 
-    An implementation for target "onnx23" stands in for the one for "onnx" from opset 23 on.
+    An implementation for target "onnx23" stands in for the one for "onnx" from opset 23 on. Attention is opset 23's
+    own node, but for ONNX Runtime, whose kernel for it is slow where positions are masked.
     """
     table: dict[Any, Callable[..., Any]] = {}
+    if opset < 23 or target == "onnxruntime":
+        table[torch.ops.aten.scaled_dot_product_attention.default] = (
+            # OpenVINO no longer fuses attention that is clamped
+            attention.clamped_attention if target == "onnxruntime" else attention.scaled_dot_product_attention
+        )
     for op in all_ops().values():
-        for target in ("onnx", *(["onnx23"] if opset >= 23 else [])):
+        for form in ("onnx", *(["onnx23"] if opset >= 23 else [])):
             for implementation in op.implementations:
-                if implementation.target == target:
+                if implementation.target == form:
                     table[op.overload] = implementation.function
     return table
 
 
-__all__ = ["linear", "norm", "quantize", "translations"]
+__all__ = ["attention", "linear", "norm", "quantize", "translations"]

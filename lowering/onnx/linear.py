@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from onnxscript import opset21 as op
 
-from lowering.onnx.quantize import FLOAT, from_codes, i64, is_static
+from lowering.onnx.quantize import FLOAT, from_codes, i64, is_static, row_factor
 from lowering.ops import linear as ops
 
 
@@ -22,7 +22,7 @@ def linear_w8a8(
     static = is_static(codes)  # then scale and zero point are in the QuantizeLinear
     y = op.MatMul(from_codes(codes), floats)
     if not static:
-        y = op.Mul(y, scale)
+        y = op.Mul(y, row_factor(codes, scale))
     extra, extra_weight = outliers, None
     if columns is not None:
         extra_weight = op.Mul(op.Cast(op.Gather(transposed, columns, axis=0), to=FLOAT), weight_scale)

@@ -17,8 +17,9 @@ def _gamma(x, weight, offset):
 
 @ops.rms_norm.impl("onnx")
 def rms_norm(x, weight, eps, offset, round_first):
-    mean_square = op.ReduceMean(op.Mul(x, x), i64(-1), keepdims=1)
-    normalized = op.Mul(x, op.Reciprocal(op.Sqrt(op.Add(mean_square, f32(eps)))))
+    # These ops in this order are the form that ONNX Runtime and OpenVINO fuse into one kernel.
+    mean_square = op.ReduceMean(op.Pow(x, f32(2.0)), i64(-1), keepdims=1)
+    normalized = op.Div(x, op.Sqrt(op.Add(mean_square, f32(eps))))
     return normalized if weight is None else op.Mul(normalized, _gamma(x, weight, offset))
 
 

@@ -1,8 +1,9 @@
 """Quantize, dequantize and outlier split as ONNX nodes.
 
 A per-token scale cannot be an argument of QuantizeLinear, whose scale the int8 kernels want constant. So the row is
-divided by its scale first and quantized with the constant scale 1 ("row-max form"): a static QDQ pair for every
-runtime, one scale per token in effect.
+divided by its largest value first and quantized with the constant scale 1/127 ("row-max form"): a static QDQ pair for
+every runtime, one scale per token in effect. Codes with a zero point of their own are scaled and shifted first, and
+quantized with the constant scale 1.
 """
 
 # Plain functions without annotations: torch.onnx reads annotations as an ONNX signature.
@@ -38,9 +39,9 @@ def _tensor(array):
     return onnx_ir.tensor(array)
 
 
-def to_codes(scaled):
-    """Round half to even and saturate: what QuantizeLinear does with scale 1."""
-    return op.QuantizeLinear(scaled, f32(1.0), int8_zero())
+def to_codes(scaled, step=1.0):
+    """Codes of multiples of a constant: rounded half to even, saturated."""
+    return op.QuantizeLinear(scaled, f32(step), int8_zero())
 
 
 def from_codes(codes):
@@ -52,25 +53,27 @@ def from_codes(codes):
 
 
 def is_static(codes):
-    """Whether the scale of these codes is a constant of their QuantizeLinear, and not a factor of each row."""
+    """Whether the scale of these codes is computed from calibrated limits, and not a factor of each row."""
     made = codes.producer()
-    return made is not None and made.op_type == "QuantizeLinear" and not _is_one(made.inputs[1])
+    return made is not None and made.op_type == "QuantizeLinear" and made.inputs[1].producer().op_type != "Constant"
 
 
-def _is_one(scale):
-    made = scale.producer()
-    if made is None or made.op_type != "Constant":
-        return False
-    value = made.attributes["value"].as_tensor().numpy()
-    return value.size == 1 and float(value) == 1.0
+def row_factor(codes, scale):
+    """What the product with dequantized codes, which are in units of their constant step, is multiplied by."""
+    made, scaled = codes.producer(), scale.producer()
+    if made is None or made.op_type != "QuantizeLinear" or scaled is None or scaled.op_type != "Mul":
+        return scale
+    return scaled.inputs[0] if scaled.inputs[1] is made.inputs[1] else scale
 
 
 @ops.quantize_per_token.impl("onnx")
 def quantize_per_token(x, symmetric):
     if symmetric:
-        absmax = op.ReduceMax(op.Abs(x), i64(-1), keepdims=1)
-        scale = op.Div(op.Max(absmax, f32(SMALLEST_ABSMAX)), f32(INT8_MAX))
-        codes = to_codes(op.Mul(x, op.Reciprocal(scale)))
+        # Two reductions read x; Abs would write as much again, and took longer in both runtimes.
+        low, high = op.ReduceMin(x, i64(-1), keepdims=1), op.ReduceMax(x, i64(-1), keepdims=1)
+        absmax = op.Max(high, op.Neg(low), f32(SMALLEST_ABSMAX))
+        codes = to_codes(op.Mul(x, op.Reciprocal(absmax)), step=1.0 / INT8_MAX)
+        scale = op.Mul(absmax, codes.producer().inputs[1])  # unread where the product is multiplied by absmax
         return codes, scale, op.Cast(op.Mul(scale, f32(0.0)), to=INT32)
     low = op.Min(op.ReduceMin(x, i64(-1), keepdims=1), f32(0.0))
     high = op.Max(op.ReduceMax(x, i64(-1), keepdims=1), f32(0.0))
