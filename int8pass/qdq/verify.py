@@ -200,7 +200,5 @@ def tensorrt_rules(model: ir.Model, found: Sequence[Linear]) -> list[str]:
     opset = int(model.opset_imports.get("", 0))
     broken = [f"{n.name}: DynamicQuantizeLinear" for n in model.graph if n.op_type == "DynamicQuantizeLinear"]
     for linear in found:
-        broken += [
-            f"{linear.path}: {trap.what}" for trap in traps_of(linear, opset) if "tensorrt" in trap.runtimes
-        ]
+        broken += [f"{linear.path}: {trap.what}" for trap in traps_of(linear, opset) if "tensorrt" in trap.runtimes]
     return broken
