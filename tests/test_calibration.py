@@ -154,7 +154,7 @@ def test_a_saved_recipe_compiles(preset: str, tmp_path: Path) -> None:
     with torch.no_grad():
         found = compiled(x)
     assert relative_error(found, expected) < 0.02
-    # Not bit for bit: compiled sums differ in their last bit, and with one range for all, that turns a code here or there.
+    # Not bit for bit: sums that differ in their last bit turn a code here or there.
     assert relative_error(found, harness) < 1e-3
 
 

@@ -69,9 +69,11 @@ class Trial:
         return grouped(found.to(self.x.device), self.channels)
 
     def limits(self, choice: Choice) -> tuple[float, float]:
-        """The range of a choice, from the data that set the ranges: calibrated, or what a batch may be expected to have
-        (a sample of its tokens lacks the few that decide)."""
-        moving = self.scheme.clipping == "moving_average" or self.scheme.activations == "per_tensor"
+        """The range of a choice, from the data that set the ranges: what is calibrated, or the widest that a batch had
+        (a sample of its tokens lacks the few that decide). Averages over batches would not do for that: the largest of
+        the channels' averages is less than the average of their largest, the more so the better they are smoothed.
+        """
+        moving = self.scheme.clipping == "moving_average"
         return self.statistics.limits(torch.exp2(choice.exponents), choice.columns, moving)
 
     def error(self, choice: Choice) -> float:
