@@ -1,6 +1,7 @@
 """Accuracy of every method in one run: SmolLM2-135M, its stress variant and MiniLM, and other tools beside them.
 
     python -m benchmarks.accuracy                     # 16 windows, about an hour on two cores
+    python -m benchmarks.accuracy --device cuda       # a few minutes
     python -m benchmarks.accuracy --windows 2 --only smoothquant
 
 Schemes run in the portable form, node by node in fp32: what `torch.compile` computes, without compiling each of them
@@ -9,8 +10,8 @@ perplexity ratio to fp32 and the mean KL divergence from its predictions, in tho
 the fp32 embeddings, and Spearman's rank correlation of sentence similarities with fp32's. Rows are written as they are
 measured; an interrupted run goes on where it stopped.
 
-Other tools quantize the same model in the same process where they are installed; where one is not, or fails, its row
-says why.
+Other tools quantize the same model in the same process where they are installed, on the CPU (bitsandbytes by its CPU
+path), against fp32 there; where one is not installed, or fails, its row says why. Every row names its device.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from int8pass.calibration import Calibration
 from int8pass.calibration.session import Session
 
 RESULTS = Path("benchmarks/results/accuracy.json")
-CALIBRATION = slice(100, 112)
+CALIBRATION = slice(100, 132)
 LENGTH, PAIRS = 512, 256
 
 
@@ -74,6 +75,10 @@ SCHEMES = (
     Scheme("auto", preset("auto")),
     Scheme("smoothquant-o2", preset("smoothquant-o2")),
     Scheme("smoothquant-o2 + 32 columns", split("smoothquant-o2"), 32),
+    Scheme("smoothquant-o3, gptq", preset("smoothquant-o3", rounding="gptq")),
+    Scheme("smoothquant-o3 + 32 columns, gptq", preset("smoothquant-o3", outliers="static", rounding="gptq"), 32),
+    Scheme("smoothquant-o2, gptq", preset("smoothquant-o2", rounding="gptq")),
+    Scheme("smoothquant-o2 + 32 columns, gptq", preset("smoothquant-o2", outliers="static", rounding="gptq"), 32),
     Scheme("llm.int8", preset("llm.int8"), calibrated=False),
     Scheme("w8a8", preset("w8a8"), calibrated=False),
     Scheme("w8a16", preset("w8a16"), calibrated=False),
@@ -95,21 +100,29 @@ SCHEMES = (
     Scheme("default", preset("default"), calibrated=False),
 )
 STRESSED = (
-    "w8a8", "smoothquant-o1", "smoothquant-o2", "smoothquant-o3", "smoothquant-o3 + 32 columns", "auto", "llm.int8",
-    "default",
+    "w8a8", "smoothquant-o1", "smoothquant-o1 + 32 columns", "smoothquant-o2", "smoothquant-o2 + 32 columns",
+    "smoothquant-o3", "smoothquant-o3 + 32 columns", "auto", "llm.int8", "outlier-columns", "default",
 )  # fmt: skip
-ENCODED = ("w8a8", "smoothquant-o1", "smoothquant-o3", "auto", "llm.int8", "outlier-columns", "default")
+ENCODED = (
+    "w8a8",
+    "smoothquant-o1",
+    "smoothquant-o2",
+    "smoothquant-o3",
+    "auto",
+    "llm.int8",
+    "outlier-columns",
+    "default",
+)
 
 
 class Log:
     """The rows of a report, written after each."""
 
-    def __init__(self, path: Path, windows: int) -> None:
+    def __init__(self, path: Path, windows: int, device: torch.device) -> None:
         self.path, self.console = path, Console(stderr=True)
+        self._row = {"device": measure.device_name(device), "torch": torch.__version__}
         self.report: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
         self.report["environment"] = {
-            "device": measure.device_name(torch.device("cpu")),
-            "torch": torch.__version__,
             "transformers": transformers.__version__,
             "int8pass": int8pass.__version__,
             "windows": windows,
@@ -124,7 +137,7 @@ class Log:
 
     def add(self, **row: Any) -> None:
         """Add a row and write the file whole."""
-        self.report["rows"].append(row)
+        self.report["rows"].append({**row, **self._row})
         part = self.path.with_suffix(".part")
         part.write_text(json.dumps(self.report, indent=1) + "\n")
         part.replace(self.path)
@@ -135,6 +148,7 @@ class LanguageModel:
     """Scores forms of one model on windows `[count, LENGTH]`, against its own fp32 predictions."""
 
     def __init__(self, model: nn.Module, windows: Tensor, count: int) -> None:
+        windows = windows.to(next(model.parameters()).device)
         self.model, self.windows = model, windows[:count]
         self.calibration = [{"input_ids": w[None], "use_cache": False} for w in windows[CALIBRATION]]
         self.session = Session(model, Recipe())
@@ -168,12 +182,16 @@ def _batch(window: Tensor) -> dict[str, Any]:
 class SentenceEncoder:
     """Scores forms of an encoder by the similarities of sentence pairs it finds."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, text: str) -> None:
         self.model = model
-        sentences = _sentences(4 * PAIRS)
+        sentences = _sentences(text, 4 * PAIRS)
         used, others = sentences[: 2 * PAIRS], sentences[2 * PAIRS :]
-        self.batches = [_padded(tokenizer, used[i : i + 32]) for i in range(0, len(used), 32)]
-        self.calibration = [_padded(tokenizer, others[i : i + 32]) for i in range(0, 256, 32)]
+
+        def batches(of: list[str]) -> list[dict[str, Tensor]]:
+            padded = (_padded(tokenizer, of[i : i + 32]) for i in range(0, len(of), 32))
+            return [{name: t.to(next(model.parameters()).device) for name, t in batch.items()} for batch in padded]
+
+        self.batches, self.calibration = batches(used), batches(others[:256])
         self.session = Session(model, Recipe())
         with torch.no_grad():
             self.expected = torch.cat([_embed(self.session.plain(b), b) for b in self.batches])
@@ -197,9 +215,9 @@ class SentenceEncoder:
         }
 
 
-def _sentences(count: int) -> list[str]:
-    """Sentences of the evaluation text; consecutive ones make pairs that are alike."""
-    flat = " ".join(hub.evaluation_text().split())
+def _sentences(text: str, count: int) -> list[str]:
+    """Sentences of a text; consecutive ones make pairs that are alike."""
+    flat = " ".join(text.split())
     found = [s.strip() for s in flat.split(". ") if 40 <= len(s.strip()) <= 240]
     return found[:count]
 
@@ -291,7 +309,7 @@ PEERS: dict[str, tuple[str, Callable[[nn.Module, list[dict[str, Any]]], nn.Modul
 
 def run_schemes(log: Log, name: str, subject: Any, names: tuple[str, ...], windows: int, bars: Bars, only: str) -> None:
     """Every scheme that has no row yet."""
-    chosen = [s for s in SCHEMES if s.name in names and only in s.name and not log.has(name, s.name, windows)]
+    chosen = [s for s in SCHEMES if s.name in names and _any(only, s.name) and not log.has(name, s.name, windows)]
     if not chosen:
         return
     seen: Calibration | None = None
@@ -309,6 +327,10 @@ def run_schemes(log: Log, name: str, subject: Any, names: tuple[str, ...], windo
         )  # fmt: skip
 
 
+def _any(only: str, name: str) -> bool:
+    return any(part in name for part in only.split(","))
+
+
 def _summary(recipe: Recipe) -> dict[str, Any]:
     """What calibration chose, in a few numbers."""
     alphas: dict[str, int] = {}
@@ -318,9 +340,9 @@ def _summary(recipe: Recipe) -> dict[str, Any]:
     return {"alphas": alphas, "columns": columns} if recipe.sites else {}
 
 
-def run_peers(log: Log, name: str, subject: Any, windows: int, bars: Bars, only: str) -> None:
+def run_peers(log: Log, name: str, subject: Any, _: tuple[str, ...], windows: int, bars: Bars, only: str) -> None:
     """Other tools on a copy of the model."""
-    names = [peer for peer in PEERS if only in peer and not log.has(name, peer, windows)]
+    names = [peer for peer in PEERS if _any(only, peer) and not log.has(name, peer, windows)]
     for peer in bars.over(names, f"{name}: other tools"):
         package, build = PEERS[peer]
         try:
@@ -364,15 +386,17 @@ def progress_bars(console: Console) -> Iterator[Bars]:
 
 def table(report: dict[str, Any]) -> Table:
     """The rows as people read them."""
-    shown = Table(title=f"accuracy, {report['environment']['device']}")
-    for column in ("model", "scheme", "ratio", "KL, mnat", "cosine", "Spearman"):
-        shown.add_column(column, justify="left" if column in {"model", "scheme"} else "right")
+    shown = Table(title="accuracy")
+    for column in ("model", "scheme", "ratio", "KL, mnat", "cosine", "Spearman", "device"):
+        shown.add_column(column, justify="left" if column in {"model", "scheme", "device"} else "right")
     for row in report["rows"]:
         cells = [
             f"{row[k]:.{d}f}" if k in row else "" for k, d in (("ratio", 4), ("kl", 2), ("cosine", 5), ("spearman", 5))
         ]
         failed = [f"failed: {row['failed'][:60]}"] if "failed" in row else []
-        shown.add_row(f"{row['model']} ({row['windows']})", row["scheme"], *(failed or cells[:1]), *cells[1:])
+        shown.add_row(
+            f"{row['model']} ({row['windows']})", row["scheme"], *(failed or cells[:1]), *cells[1:], row["device"]
+        )
     return shown
 
 
@@ -380,34 +404,46 @@ def main() -> None:
     """Run everything that has no row yet, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--stress-windows", type=int, default=6)
-    parser.add_argument("--only", default="", help="schemes whose name contains this")
+    parser.add_argument("--stress-windows", type=int, default=16)
+    parser.add_argument("--only", default="", help="schemes whose name contains one of these, with commas")
     parser.add_argument("--models", default="smollm2,stress,minilm", help="some of them")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="of our own schemes")
+    parser.add_argument("--text", type=Path, help="a file instead of the text that comes with this Python")
+    parser.add_argument("--peers", choices=("with", "without", "only"), default="with", help="other tools, on the CPU")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    log = Log(args.out, args.windows)
-    models = args.models.split(",")
-    with progress_bars(log.console) as bars:
-        if "smollm2" in models:
-            subject = LanguageModel(*_smollm2(), args.windows)
-            run_schemes(log, "smollm2", subject, tuple(s.name for s in SCHEMES), args.windows, bars, args.only)
-            run_peers(log, "smollm2", subject, args.windows, bars, args.only)
-        if "minilm" in models:
-            encoder, tokenizer = hub.load("minilm", dtype=torch.float32, device="cpu")
-            encoding = SentenceEncoder(encoder.requires_grad_(False), tokenizer)
-            run_schemes(log, "minilm", encoding, ENCODED, 0, bars, args.only)
-            run_peers(log, "minilm", encoding, 0, bars, args.only)
-        if "stress" in models:
-            model, windows = _smollm2()
-            stress(model)
-            stressed = LanguageModel(model, windows, args.stress_windows)
-            run_schemes(log, "stress", stressed, STRESSED, args.stress_windows, bars, args.only)
+    text = args.text.read_text() if args.text else hub.evaluation_text()
+    with progress_bars(Console(stderr=True)) as bars:
+        if args.peers != "only":
+            log = Log(args.out, args.windows, args.device)
+            run(log, args, text, bars, run_schemes)
+        if args.peers != "without":
+            args.device = torch.device("cpu")
+            log = Log(args.out, args.windows, args.device)
+            run(log, args, text, bars, run_peers)
     Console().print(table(log.report))
 
 
-def _smollm2() -> tuple[nn.Module, Tensor]:
-    model, tokenizer = hub.load("smollm2", dtype=torch.float32, device="cpu")
-    return model.requires_grad_(False), hub.windows(tokenizer, LENGTH)
+def run(log: Log, args: argparse.Namespace, text: str, bars: Bars, rows: Callable[..., None]) -> None:
+    """`rows` (our schemes, or other tools) of every model asked for."""
+    models = args.models.split(",")
+    if "smollm2" in models:
+        subject = LanguageModel(*_smollm2(text, args.device), args.windows)
+        rows(log, "smollm2", subject, tuple(s.name for s in SCHEMES), args.windows, bars, args.only)
+    if "minilm" in models:
+        encoder, tokenizer = hub.load("minilm", dtype=torch.float32, device=args.device)
+        encoding = SentenceEncoder(encoder.requires_grad_(False), tokenizer, text)
+        rows(log, "minilm", encoding, ENCODED, 0, bars, args.only)
+    if "stress" in models and rows is run_schemes:
+        model, windows = _smollm2(text, args.device)
+        stress(model)
+        stressed = LanguageModel(model, windows, args.stress_windows)
+        rows(log, "stress", stressed, STRESSED, args.stress_windows, bars, args.only)
+
+
+def _smollm2(text: str, device: torch.device) -> tuple[nn.Module, Tensor]:
+    model, tokenizer = hub.load("smollm2", dtype=torch.float32, device=device)
+    return model.requires_grad_(False), hub.windows(tokenizer, LENGTH, text)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from int8pass.calibration.search import Choice
 
 FLOAT, KEPT = 6.0, 4.0
 COLUMNS = (0, 16, 32, 64)
+MULTIPLES = (0.5, 2.0, 4.0)  # of the average, that one site may have
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,19 @@ class Option:
 def option(choice: Choice, width: int) -> Option:
     """A quantized option of a site with `width` input channels."""
     return Option(choice, choice.error, FLOAT * len(choice.columns) / width)
+
+
+def allotted(options: Mapping[str, Sequence[Choice]], columns: int) -> dict[str, Choice]:
+    """A choice for every site such that all together have at most `columns` float columns each on average.
+
+    They go where they save most error: a range that all tokens share has more to gain from them than one per token.
+    """
+    offered = {
+        name: [Option(choice, choice.error, len(choice.columns) / columns) for choice in found]
+        for name, found in options.items()
+    }
+    chosen = spend(offered, dict.fromkeys(options, 1), cost=2.0)
+    return {name: option.choice for name, option in chosen.items() if option.choice is not None}
 
 
 def kept() -> Option:

@@ -52,7 +52,8 @@ def calibrate(
             it measures the choices, and the others set the ranges. With torch.distributed, every process gives its own
             batches, and all get the same recipe.
         recipe: what to start from: a preset name, a `Recipe` or the path of one. Its schemes say what is done.
-        columns: float columns per site with `outliers="static"` (default: the scheme's capacity, or 64 at most).
+        columns: float columns per site with `outliers="static"` (default: the scheme's capacity, or 64 at most); where
+            one range serves a whole tensor and α is searched, on average: a site gets more, fewer or none.
         cost: choose {leave, smooth, split, both, keep 16-bit} for every site such that all together cost at most this
             multiple of plain int8 (`int8pass.calibration.budget`); 1.1 for the preset "auto".
         error: or stop where the mean relative error of the sites' outputs is this small.
@@ -190,14 +191,21 @@ class _Work:
         return min(width, self._columns or scheme.capacity or 64)
 
     def each(self, sites: Mapping[str, SiteInfo]) -> dict[str, SiteSettings]:
-        """Every site by its own scheme."""
+        """Every site by its own scheme; columns that are searched with ranges for whole tensors go where they save
+        most."""
         settings = {}
+        shared: dict[int, dict[str, list[Choice]]] = {}
         for done, info in enumerate(sites.values()):
             self._progress("choose", done, len(sites))
             scheme = self._scheme(info.name)
-            trial = self._trial(info, scheme)
-            best = trial.best(trial.smoothings(), self._count(scheme, info.width))
-            settings[info.name] = self._settings(info.name, best, scheme)
+            trial, count = self._trial(info, scheme), self._count(scheme, info.width)
+            if count and scheme.alpha is None and scheme.activations in {"static", "per_tensor"}:
+                shared.setdefault(count, {})[info.name] = _by_count(trial, count)
+            else:
+                settings[info.name] = self._settings(info.name, trial.best(trial.smoothings(), count), scheme)
+        for count, options in shared.items():
+            for name, choice in budget.allotted(options, count).items():
+                settings[name] = self._settings(name, choice, self._scheme(name))
         self._progress("choose", len(sites), len(sites))
         return settings
 
@@ -303,6 +311,17 @@ class _Work:
                 made[path] = _rounded(weight, seconds[name], exponents, found.columns, scheme)
         self._progress("round weights", len(names), len(names))
         return made
+
+
+def _by_count(trial: Trial, count: int) -> list[Choice]:
+    """A site's best choice without columns, with `count`, and with other counts, of the vectors that did well there."""
+    found, good = [], []
+    for n in (0, count):
+        ranked = trial.ranked(trial.smoothings(), n)
+        found.append(ranked[0])
+        good += [dataclasses.replace(choice, columns=(), limits=None) for choice in ranked[:2]]
+    counts = {round(count * multiple) for multiple in budget.MULTIPLES}
+    return found + [trial.best(good, n) for n in sorted(counts) if 0 < n <= trial.x.shape[1]]
 
 
 def _rounded(

@@ -11,8 +11,13 @@ BLOCK = 128
 
 
 def hessian(x: Tensor) -> Tensor:
-    """`2 · xᵀx` of tokens `x[T, K]`: fp32 [K, K]. Sums over batches add up."""
+    """`2 · Σ x xᵀ / (‖x‖² + median ‖x‖²)` of tokens `x[T, K]`: fp32 [K, K]. Sums over batches add up.
+
+    Weighed, because one massive token would decide the rounding for all the others.
+    """
     x = x.float()
+    energy = x.square().sum(1)
+    x = x * (energy + energy.median()).clamp_min(1e-30).rsqrt()[:, None]
     return 2.0 * (x.t() @ x)
 
 

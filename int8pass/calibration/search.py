@@ -1,7 +1,8 @@
 """Choices of one site, by the error they leave in its output on data that did not set its ranges. Mostly arrays.
 
-The error of a choice is Σ ‖ŷ_t - y_t‖² / (‖y_t‖² + mean ‖y‖²) over a sample of tokens: neither a massive token nor one
-that is nearly zero decides alone.
+The error of a choice is Σ ‖ŷ_t - y_t‖² / (‖y_t‖² + median ‖y‖²) over a sample of tokens: neither a massive token nor
+one that is nearly zero decides alone. With the mean for the median, one massive token would make the errors of all
+others vanish.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ AWQ_ALPHAS = tuple(i / 20 for i in range(1, 20))
 MOST_OUTPUTS = 1024  # per linear: of a larger one, evenly spaced rows stand for the rest
 # Fractions of a range: beyond it, because unseen tokens reach further, and within it.
 CLIPS = (2.0, 1.5, 1.25, 1.0, 0.85, 0.7, 0.55, 0.4)
-FINALISTS = 5  # smoothing vectors for which every fraction is tried
+FINALISTS = 3  # smoothing vectors for which every fraction is tried
+REFINED = 2  # vectors whose largest channels are smoothed further
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Trial:
         self._exact = [self.x @ w.t() for w in self.weights]
         energy = sum(y.square().sum(1) for y in self._exact)
         assert isinstance(energy, Tensor)
-        self._norm = energy + energy.mean()
+        # Where most outputs are zero (after a ReLU, say) the median says nothing.
+        self._norm = energy + torch.maximum(energy.median(), 1e-3 * energy.mean()).clamp_min(1e-30)
 
     def exponents(self, statistic: str, alpha: float | None) -> Tensor:
         """Smoothing exponents of one α (None: no smoothing), equal within a head group."""
@@ -66,9 +69,11 @@ class Trial:
         return grouped(found.to(self.x.device), self.channels)
 
     def limits(self, choice: Choice) -> tuple[float, float]:
-        """The range of a choice, from the data that set the ranges: calibrated, or what a batch may be expected to have
-        (a sample of its tokens lacks the few that decide)."""
-        moving = self.scheme.clipping == "moving_average" or self.scheme.activations == "per_tensor"
+        """The range of a choice, from the data that set the ranges: what is calibrated, or the widest that a batch had
+        (a sample of its tokens lacks the few that decide). Averages over batches would not do for that: the largest of
+        the channels' averages is less than the average of their largest, the more so the better they are smoothed.
+        """
+        moving = self.scheme.clipping == "moving_average"
         return self.statistics.limits(torch.exp2(choice.exponents), choice.columns, moving)
 
     def error(self, choice: Choice) -> float:
@@ -128,21 +133,44 @@ class Trial:
         taken: list[int] = []
         for step in range(4):
             wanted = count * (step + 1) // 4 - len(taken)
-            score = _blame(x, weight, taken, None if self.scheme.activations == "per_token" else absmax)
+            score = _blame(
+                x, weight, 1.0 / self._norm, taken, None if self.scheme.activations == "per_token" else absmax
+            )
             taken += torch.topk(score, min(wanted, score.numel() - len(taken))).indices.tolist()
         return tuple(sorted(taken))
 
     def best(self, candidates: Sequence[Choice], count: int = 0) -> Choice:
         """The candidate of least error, with `count` columns each."""
+        return self.ranked(candidates, count)[0]
+
+    def ranked(self, candidates: Sequence[Choice], count: int = 0) -> list[Choice]:
+        """Candidates with `count` columns each, by their error; of static ones a few, each with its best range.
+
+        Where one range serves all tokens and vectors are searched, the channels that still set it are smoothed
+        further.
+        """
+        tried = self._with_columns(candidates, count)
+        if self.scheme.activations in {"static", "per_tensor"} and len(candidates) > FINALISTS:
+            finer = [f for choice in tried[:REFINED] for f in self._finer(choice)]
+            tried = sorted([*tried, *self._with_columns(finer, count)], key=lambda c: c.error)
+        if self.scheme.activations == "static" and self.scheme.clipping == "output":
+            tried = sorted((self.clipped(choice) for choice in tried[:FINALISTS]), key=lambda c: c.error)
+        return tried
+
+    def _with_columns(self, candidates: Sequence[Choice], count: int) -> list[Choice]:
         tried = []
         for candidate in candidates:
-            if count and not candidate.columns:
+            if count and len(candidate.columns) != count:
                 candidate = replace(candidate, columns=self.columns(candidate, count))
             tried.append(self.tried(candidate))
-        tried.sort(key=lambda c: c.error)
-        if self.scheme.activations == "static" and self.scheme.clipping == "output":
-            tried = [self.clipped(choice) for choice in tried[:FINALISTS]]
-        return min(tried, key=lambda c: c.error)
+        return sorted(tried, key=lambda c: c.error)
+
+    def _finer(self, choice: Choice) -> list[Choice]:
+        """`choice` with its largest channels brought down to fractions of the range."""
+        absmax = self.statistics.absmax.to(choice.exponents.device) / torch.exp2(choice.exponents)
+        absmax[list(choice.columns)] = 0.0
+        more = (outlier_exponents(absmax, f) for f in OUTLIER_FRACTIONS[:8])
+        return [Choice(grouped(choice.exponents + e, self.channels), choice.alpha) for e in more]
 
     def clipped(self, choice: Choice) -> Choice:
         """A static choice with the fraction of its range that leaves least error."""
@@ -180,14 +208,13 @@ def _some_rows(weight: Tensor) -> Tensor:
     return weight.detach()[::step].float()
 
 
-def _blame(x: Tensor, weight: Tensor, taken: list[int], absmax: Tensor | None) -> Tensor:
+def _blame(x: Tensor, weight: Tensor, token: Tensor, taken: list[int], absmax: Tensor | None) -> Tensor:
     """The error that each column of `x[T, K]`, `weight[N, K]` causes, [K]; -inf for those already `taken`.
 
-    `absmax` [K], over all data, where one range serves all tokens.
+    `token` [T] weighs the tokens. `absmax` [K], over all data, where one range serves all tokens.
     """
     x, weight = x.clone(), weight.clone()
     x[:, taken], weight[:, taken] = 0.0, 0.0
-    token = 1.0 / (x.square().sum(1) + x.square().sum(1).mean())
     step = weight.abs().amax(1) / 127  # of each output channel
     from_weights = (x.square() * token[:, None]).sum(0) * (step.square().sum() / 12)
     norms = weight.square().sum(0)
