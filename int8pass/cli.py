@@ -183,8 +183,7 @@ def inspect(
             def inspected(settings: str) -> int8pass.Report:
                 if not model:
                     raise OptionError(f"MODEL is missing ({settings} is no saved report, so a model must be inspected)")
-                load = lambda name: load(name, dtype, device_, progress)  # noqa: E731
-                return command.report_on(request(settings), load, progress)
+                return command.report_on(request(settings), lambda name: load(name, dtype, device_, progress), progress)
 
             if diff is not None:
                 typer.echo(command.compare(*diff, inspected))

@@ -118,7 +118,7 @@ def test_calibrate_writes_a_recipe_that_run_takes(folder, tmp_path):
     assert str(path) in result.stdout
     recipe = int8pass.Recipe.load(path)
     assert recipe.sites
-    assert cli._recipe(str(path)) == recipe
+    assert cli.recipe_of(str(path)) == recipe
 
 
 def test_calibrate_reads_a_text_and_diff_shows_what_it_changed(folder, tmp_path):

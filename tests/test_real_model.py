@@ -53,7 +53,8 @@ def test_every_linear_of_the_first_layers_is_taken(smollm2: tuple[nn.Module, Ten
     result = run_pass(part, ids[:, :32])
     assert result.taken == 4 * 7
     assert result.refused == {}
-    assert result.ops["linear_w8a8"] == 4 * 4, "q, k, v and gate, up merge"
+    assert result.ops["linear_w8a8"] == 4 * 3, "q, k, v merge"
+    assert result.ops["gated_linear_quantize_dynamic"] == 4, "gate, up merge, with their product"
     assert {site.producer for site in result.facts[0].matches.sites} == {"norm", "tensor", "gate product"}
     quantized = sum(count for name, count in result.ops.items() if name.endswith("quantize_dynamic"))
     assert quantized == 4 * 4, "one quantized input per site"

@@ -72,8 +72,10 @@ def test_portable_and_lowered_forms_of_every_preset(preset: str) -> None:
     found = (ops["quantize_per_token"], ops["dequantize"], ops["dequantize_weight"], splits, ops["linear"])
     assert found == EXPECTED_PORTABLE[preset]
     lowered = run_pass(model, x, preset)
-    linears = lowered.ops["linear_w8a8"] + lowered.ops["linear_w8a16"]
+    gated = lowered.ops["gated_linear_quantize"] + lowered.ops["gated_linear_quantize_dynamic"]
+    linears = lowered.ops["linear_w8a8"] + lowered.ops["linear_w8a16"] + gated
     assert linears == 4, "q, k, v and gate, up merge"
+    assert gated == (preset != "w8a16"), "and the product of gate and up joins its linear"
     assert lowered.ops["dequantize_weight"] == 0
     assert relative_error(portable.output, expected) < 0.02
     assert relative_error(lowered.output, portable.output) < 2e-4
@@ -82,7 +84,7 @@ def test_portable_and_lowered_forms_of_every_preset(preset: str) -> None:
 def test_prologues_are_fused() -> None:
     model, x = block(norm=nn.RMSNorm, bias=False)
     ops = run_pass(model, x, "w8a8").ops
-    assert (ops["norm_quantize"], ops["add_norm_quantize"], ops["act_mul_quantize"]) == (1, 1, 1)
+    assert (ops["norm_quantize"], ops["add_norm_quantize"], ops["gated_linear_quantize"]) == (1, 1, 1)
     assert ops["quantize_per_token"] == 1, "of the attention output"
 
 
@@ -90,7 +92,7 @@ def test_one_token_keeps_float_activations_by_default_and_int8_when_told() -> No
     model, x = block()
     assert run_pass(model, x[:1, :1]).ops["linear_w8a16"] == 4
     result = run_pass(model, x[:1, :1], one_row="same")
-    assert result.ops["linear_w8a8"] == 4
+    assert (result.ops["linear_w8a8"], result.ops["gated_linear_quantize_dynamic"]) == (3, 1)
     assert relative_error(result.output, model(x[:1, :1])) < 0.02
 
 
