@@ -15,7 +15,7 @@ from int8pass.errors import GradientError
 from int8pass.graph.constants import Constant, Store
 from int8pass.graph.rewrite import Edit
 from int8pass.inspect import trace
-from int8pass.lower import Compiled, compile_with_inductor, lift_constants, mark_placeholders
+from int8pass.lower import Compiled, compile_with_inductor, lift_constants, mark_placeholders, prepare
 from int8pass.quantize import pack_rounded, pack_weight
 from int8pass.recipe import Options
 from int8pass.release import release_weights
@@ -46,6 +46,7 @@ def int8(
     """
     settings = Options.parse(options, mode)
     _refuse_gradients(example_inputs)
+    prepare(example_inputs)
     program = from_dynamo(gm, example_inputs)
     facts = pipeline.to_portable(program, settings.recipe)
     counts_overflow = _output_overflow(program, facts.overflows)

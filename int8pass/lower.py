@@ -83,6 +83,15 @@ def load_target(target: str) -> None:
         import lowering.cpu  # noqa: F401
 
 
+def prepare(inputs: Sequence[Any]) -> None:
+    """Let the target of these inputs begin to build what it needs, beside the stages that come before lowering."""
+    device = next((v.device.type for v in inputs if isinstance(v, Tensor)), None)
+    if device == "cpu":
+        from lowering.cpu import native
+
+        native.prepare()
+
+
 def lift_constants(program: Program) -> list[Constant]:
     """Turn every `get_attr` into a placeholder after the others; returns the constants in placeholder order.
 

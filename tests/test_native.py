@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +46,30 @@ def test_it_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert list(built.parent.iterdir()) == [built], "nothing half written is left"
 
 
+@needs_native
+def test_it_is_built_beside_other_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`prepare` returns at once; whoever asks next waits for the result, and nothing is built twice."""
+    built = threading.Event()
+    calls: list[int] = []
+
+    def library() -> Path:
+        calls.append(1)
+        built.wait(10)
+        return before
+
+    before = native.library()
+    monkeypatch.setattr(native, "library", library)
+    native._load.cache_clear()
+    native.prepare()
+    native.prepare()
+    built.set()
+    assert native.refusal() is None
+    for thread in threading.enumerate():
+        if thread.name == "int8pass-native":
+            thread.join()
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize(
     ("compiler", "reason"), [("no-such-compiler", "do not load.*no-such-compiler"), ("false", "do not compile")]
 )
@@ -53,7 +78,7 @@ def test_without_a_compiler_int_mm_takes_over_and_says_why(
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lambda: compiler)
-    native.refusal.cache_clear()
+    native._load.cache_clear()
     try:
         refusal = native.refusal()
         assert refusal is not None
@@ -65,7 +90,7 @@ def test_without_a_compiler_int_mm_takes_over_and_says_why(
         assert ours.refuses(args) == refusal
         assert re.search(reason, refusal)
     finally:
-        native.refusal.cache_clear()
+        native._load.cache_clear()
     assert list(tmp_path.rglob("*.so")) == []
 
 

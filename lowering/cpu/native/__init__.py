@@ -15,7 +15,9 @@ import logging
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +33,27 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 _LOG = logging.getLogger("int8pass")
 _FOLDER = Path(__file__).parent
-_FLAGS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", "-w")
+_FLAGS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-w")
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
-@functools.cache
+_BUILDING = threading.Lock()
+
+
+def prepare() -> None:
+    """Start to build and load the kernels beside whatever the caller does next; `refusal` waits for the end of it."""
+    if sys.platform.startswith("linux") and not _load.cache_info().currsize:
+        threading.Thread(target=refusal, name="int8pass-native", daemon=True).start()
+
+
 def refusal() -> str | None:
     """None when the kernels are loaded, which the first call does; else why they cannot be."""
+    with _BUILDING:
+        return _load()
+
+
+@functools.cache
+def _load() -> str | None:
     if not sys.platform.startswith("linux"):
         return f"the native kernels are for Linux, not {sys.platform}"
     try:
@@ -77,10 +93,19 @@ def library() -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     root = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+
+        def run(*arguments: str) -> None:
+            subprocess.run([compiler, *_FLAGS, *arguments], check=True, capture_output=True, text=True)
+
+        def compile_one(source: Path) -> str:
+            object_file = str(Path(folder) / f"{source.stem}.o")
+            run("-c", f"-I{root / 'include'}", str(source), "-o", object_file)
+            return object_file
+
+        with ThreadPoolExecutor() as pool:
+            objects = list(pool.map(compile_one, (path for path in sources if path.suffix == ".cpp")))
         part = Path(folder) / target.name
-        command = [compiler, *_FLAGS, f"-I{root / 'include'}", *(str(p) for p in sources if p.suffix == ".cpp")]
-        command += ["-o", str(part), f"-L{root / 'lib'}", "-ltorch_cpu"]
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        run("-shared", *objects, "-o", str(part), f"-L{root / 'lib'}", "-ltorch_cpu")
         part.replace(target)  # whole or not at all, whoever else compiles it now
     return target
 
