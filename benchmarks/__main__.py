@@ -13,7 +13,7 @@ import int8pass
 from benchmarks import cpu
 from int8pass import measure
 
-PARTS = {"quality": cpu.quality, "calibrated": cpu.calibrated, "speed": cpu.speed}
+PARTS = {"quality": cpu.quality, "calibrated": cpu.calibrated, "speed": cpu.speed, "profile": cpu.profile}
 
 
 def main() -> None:

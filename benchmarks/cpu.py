@@ -114,9 +114,45 @@ def speed() -> dict[str, Any]:
         for name, dtype, backend in forms:
             function = models[dtype] if backend is None else torch.compile(models[dtype], backend=backend)
             calls[name] = _frozen_call(function, ids, result, f"{case}, {name}", backend is not None)
-        for name, milliseconds in _interleaved(calls, 15 if length > 1 else 60).items():
+        for name, milliseconds in _interleaved(calls, 6, 3 if length > 1 else 16).items():
             result[f"{case}, {name} ms"] = round(milliseconds, 2)
     return result
+
+
+def profile() -> dict[str, Any]:
+    """Where the time of the same calls goes: milliseconds a call in every operator, and in what Inductor generates."""
+    result: dict[str, Any] = {}
+    model = _decoder(torch.bfloat16)
+    for case, length in (("prefill 512", 512), ("decode 1", 1)):
+        ids = torch.randint(0, 40000, (1, length), generator=torch.Generator().manual_seed(0))
+        for name in ("inductor", "int8"):
+            torch._dynamo.reset()
+            function = torch.compile(model, backend=name)
+            with torch.no_grad():
+                for _ in range(3):
+                    function(input_ids=ids)
+                calls = 6 if length > 1 else 40
+                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as p:
+                    for _ in range(calls):
+                        function(input_ids=ids)
+            result[f"{case}, bf16 {name}, ms by operator"] = _by_operator(p.events(), calls)
+    return result
+
+
+def _by_operator(events: Any, calls: int) -> dict[str, float]:
+    """Operators with their weight's shape → milliseconds a call, from the median of each; the rest is left out."""
+    times: dict[str, list[float]] = {}
+    for event in events:
+        shapes = [s for s in event.input_shapes if len(s) > 1]
+        if event.name.startswith("## Call"):
+            title = "kernels and calls of Inductor's"
+        elif "linear" in event.name or event.name in {"aten::mm", "aten::addmm"}:
+            title = f"{event.name} {'x'.join(map(str, next((s for s in shapes[1:] if len(s) == 2), [])))}"
+        else:
+            title = event.name
+        times.setdefault(title, []).append(event.self_cpu_time_total)
+    totals = {title: statistics.median(found) * len(found) / calls / 1e3 for title, found in times.items()}
+    return {title: round(ms, 2) for title, ms in sorted(totals.items(), key=lambda item: -item[1]) if ms > 0.3}
 
 
 def _decoder(dtype: torch.dtype) -> nn.Module:
@@ -141,12 +177,17 @@ def _frozen_call(
     return call
 
 
-def _interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of every call, in alternation."""
+def _interleaved(calls: dict[str, Callable[[], Any]], rounds: int, burst: int) -> dict[str, float]:
+    """Median milliseconds of every call, in alternating bursts of one form, as a model is used: one call after the other.
+
+    The first call of a burst does not count: it finds the last cache full of another form's weights.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in tqdm(range(rounds + 2), desc="timing"):
+    for _ in tqdm(range(rounds), desc="timing"):
         for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - begin)
-    return {name: 1e3 * statistics.median(found[2:]) for name, found in times.items()}
+            for i in range(burst + 1):
+                begin = time.perf_counter()
+                call()
+                if i:
+                    times[name].append(time.perf_counter() - begin)
+    return {name: 1e3 * statistics.median(found) for name, found in times.items()}
