@@ -178,7 +178,7 @@ def _frozen_call(
 
 
 def _interleaved(calls: dict[str, Callable[[], Any]], rounds: int, burst: int) -> dict[str, float]:
-    """Median milliseconds of every call, in alternating bursts of one form, as a model is used: one call after the other.
+    """Median milliseconds of every call, in alternating bursts of one form: a model is called again and again, too.
 
     The first call of a burst does not count: it finds the last cache full of another form's weights.
     """
