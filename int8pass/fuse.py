@@ -276,7 +276,7 @@ def fuse_gated_linear(node: fx.Node, edit: Edit) -> fx.Node | None:
         return None
     if len(linear.users) != 2 or len(gate.users) != 1 or len(up.users) != 1:
         return None
-    new = edit.call(fused.overload, *linear.args, *node.args[2:], before=node)
+    new = edit.call(fused.overload, *linear.args, *node.args[2:], before=node, like=linear)
     _replace_elements(node, new, 0, edit)
     return new
 

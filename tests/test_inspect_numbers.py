@@ -114,7 +114,7 @@ def test_histograms_curves_times_and_bytes(measured: tuple[nn.Module, list[Tenso
     assert [p.name for p in report.schemes][:2] == ["this recipe", "w8a8"]
     schemes = {p.name: p.sqnr for p in report.schemes}
     assert schemes["w8a8"] < schemes["this recipe"]
-    assert {row.op for row in report.runtime} >= {"linear_w8a8", "act_mul_quantize_dynamic"}
+    assert {row.op for row in report.runtime} >= {"linear_w8a8", "gated_linear_quantize_dynamic"}
     assert {row.site for row in report.runtime} >= {"gate", "down"}
 
 
@@ -126,7 +126,7 @@ def test_what_the_compiled_graph_ran(measured: tuple[nn.Module, list[Tensor], Re
     assert report.runtime_note == profiled.NOTE
     fused = {node.name: node for node in report.stages[-1].nodes}
     ours = [row for row in report.runtime if row.site]
-    linears = [row for row in ours if row.op == "linear_w8a8"]
+    linears = [row for row in ours if row.op in {"linear_w8a8", "gated_linear_quantize_dynamic"}]
     assert {(row.site, row.implementation) for row in linears} == {(s.name, s.implementations[0]) for s in report.sites}
     for row in ours:
         assert row.calls == 1
@@ -216,8 +216,7 @@ def test_stages_follow_the_graph() -> None:
     ops = {stage.name: [node.op for node in stage.nodes] for stage in report.stages}
     assert ops["captured"].count("linear") == 5
     assert ops["quantized"].count("dequantize") == 2
-    assert ops["fused"].count("linear_w8a8") == 2
-    fused = [node for node in report.stages[-1].nodes if node.op == "linear_w8a8"]
+    fused = [n for n in report.stages[-1].nodes if n.op in {"linear_w8a8", "gated_linear_quantize_dynamic"}]
     assert [(node.site, bool(node.implementation)) for node in fused] == [("gate", True), ("down", True)]
     assert "self.head(x)" in report.sources[next(n for n in report.stages[0].nodes[::-1] if n.op == "linear").source]
     text = dot.render(report, "captured")

@@ -169,7 +169,7 @@ def version(tensor: Tensor) -> int:
 
 def _is_finite(tensor: Tensor) -> bool:
     """True without NaN and Inf: both show in the extremes, which one pass finds without a tensor of its own."""
-    return tensor.numel() == 0 or all(math.isfinite(extreme) for extreme in map(float, tensor.aminmax()))
+    return tensor.numel() == 0 or all(math.isfinite(extreme) for extreme in map(float, tensor.detach().aminmax()))
 
 
 class Store:

@@ -18,7 +18,10 @@ from int8pass.inspect.replay import Arguments, Timed, linear_names
 from int8pass.inspect.stages import kind_of
 from int8pass.match import VIEWS, Site
 
+PRODUCTS = ("linear", "gated_linear")
+"""How the ops begin that multiply with a site's weights."""
 ROUNDS = 3
+ACTIVATIONS = {"silu", "gelu", "relu", "sigmoid"}
 NOTE = "node by node, without Inductor's fusion; the fastest of 3 runs"
 
 
@@ -40,7 +43,7 @@ class Lowered:
         names = {
             n.meta["int8pass.implementation"]
             for n in self.nodes_of(site)
-            if "int8pass.implementation" in n.meta and self.ops[n.name].startswith("linear")
+            if "int8pass.implementation" in n.meta and self.ops[n.name].startswith(PRODUCTS)
         }
         return tuple(sorted(names))
 
@@ -49,7 +52,7 @@ class Lowered:
         nodes = [
             n
             for n in self.nodes_of(site)
-            if self.ops[n.name].startswith(("index_select", "linear", "dequantize_weight"))
+            if self.ops[n.name].startswith((*PRODUCTS, "index_select", "dequantize_weight"))
         ]
         return constant_bytes(nodes)
 
@@ -101,11 +104,15 @@ def measured(program: Program, arguments: Arguments, store: Store, rounds: int =
 def originals(site: Site, fused: set[str]) -> list[fx.Node]:
     """The captured nodes whose work the site's fused ops do: its linears, and what was fused into its quantize."""
     nodes = [reader.node for reader in site.readers]
-    if fused & {"norm_quantize", "add_norm_quantize", "act_mul_quantize"}:
+    names = {name.removesuffix("_dynamic") for name in fused}
+    if names & {"norm_quantize", "add_norm_quantize", "act_mul_quantize"}:
         nodes.append(site.source)
-        wanted = {"add_norm_quantize": {"add"}, "act_mul_quantize": {"silu", "gelu", "relu", "sigmoid"}}
-        for name in fused & set(wanted):
+        wanted = {"add_norm_quantize": {"add"}, "act_mul_quantize": ACTIVATIONS}
+        for name in names & set(wanted):
             nodes += [n for n in site.source.all_input_nodes if op_name(n) in wanted[name]]
+    if "gated_linear_quantize" in names:
+        activations = [n for reader in site.readers for n in reader.node.users if op_name(n) in ACTIVATIONS]
+        nodes += [*activations, *(n for activation in activations for n in activation.users if op_name(n) == "mul")]
     return nodes
 
 
