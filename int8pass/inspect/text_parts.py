@@ -10,6 +10,7 @@ from int8pass.inspect.facts import Facts, Ran, RefusedLinear, SiteRow
 from int8pass.inspect.worst import override, worst_sites
 
 MOST_OPS = 8
+MOST_LETTERS = 48
 """Ops listed by the time they took; the page has all of them."""
 
 
@@ -62,10 +63,15 @@ def _ran(report: Facts) -> list[str]:
     rows = [("", "op", "implementation", "calls", "ms", "MB")]
     for key in order[:MOST_OPS]:
         calls, size = sum(r.calls for r in groups[key]), sum(r.bytes for r in groups[key])
-        rows.append(("", *key, str(calls), f"{spent[key] * 1e3:.2f}", f"{size / 1e6:.3g}"))
+        rows.append(("", _clipped(key[0]), key[1], str(calls), f"{spent[key] * 1e3:.2f}", f"{size / 1e6:.3g}"))
     rest = order[MOST_OPS:]
     more = [f"  … and {len(rest)} ops that took {sum(spent[key] for key in rest) * 1e3:.2f} ms"] if rest else []
     return [*aligned(rows), *more, f"  ({report.runtime_note})"]
+
+
+def _clipped(op: str) -> str:
+    """Inductor's names list everything it fused: their beginning and their number."""
+    return op if len(op) <= MOST_LETTERS else f"{op[: MOST_LETTERS - 9]}…{op[-8:]}"
 
 
 def _refused(refused: RefusedLinear) -> list[str]:
