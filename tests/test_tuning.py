@@ -15,7 +15,7 @@ pytest.importorskip("typer")
 
 from typer.testing import CliRunner  # noqa: E402
 
-from int8pass import bench, cli  # noqa: E402
+from int8pass import bench, bench_command, cli  # noqa: E402
 from int8pass.errors import OptionError  # noqa: E402
 from lowering.triton import linear, tuning  # noqa: E402
 from lowering.triton.tuning import WGMMA, Entry, Problem, Tile  # noqa: E402
@@ -161,7 +161,7 @@ def test_shapes_are_read() -> None:
 
 def test_the_command_tunes_stores_and_prints(fake_gpu: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tile = Tile(16, 32, 128, 4, 3)
-    monkeypatch.setattr(cli, "device_of", lambda text: CUDA)
+    monkeypatch.setattr(bench_command, "device_of", lambda text: CUDA)
     monkeypatch.setattr(bench, "require_gpu", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
     monkeypatch.setattr(tuning, "compile_all", lambda problems, device, workers, progress: progress(1, 1))
