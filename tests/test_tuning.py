@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 triton = pytest.importorskip("triton", reason="tiles belong to the Triton kernels")
 pytest.importorskip("typer")
 
+from sm90 import launches, w8a8_args  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from int8pass import bench, bench_command, cli  # noqa: E402
@@ -95,8 +96,6 @@ def test_shipped_tables_fit_their_chips() -> None:
 
 
 def test_a_launch_takes_the_measured_tile(fake_gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from test_triton_aot import launches, w8a8_args
-
     def tile() -> tuple[int, int, int]:
         (launch,) = launches(monkeypatch, linear.linear_w8a8_tiles, *w8a8_args(12, 256, 512, bare=True))
         return tuple(launch.arguments[f"BLOCK_{side}"] for side in "MNK")
