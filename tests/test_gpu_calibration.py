@@ -10,6 +10,7 @@ from harness import relative_error
 from test_calibration import BATCHES, batch, model
 
 import int8pass
+from int8pass.backend import int8
 from int8pass.recipe import CALIBRATED, Recipe
 
 pytestmark = pytest.mark.gpu
@@ -35,7 +36,7 @@ def test_calibrated_recipes_compile_and_run(preset: str) -> None:
     planted, x = model(), batch(9, tokens=64)
     expected = planted(x) - x
     recipe = Recipe.preset(preset) if preset == "zeroquant" else int8pass.calibrate(planted, BATCHES, preset)
-    compiled = torch.compile(copy.deepcopy(planted).cuda(), backend="int8", fullgraph=True, options={"recipe": recipe})
+    compiled = torch.compile(copy.deepcopy(planted).cuda(), backend=int8, fullgraph=True, options={"recipe": recipe})
     with torch.no_grad():
         found = compiled(x.cuda()).cpu() - x
     assert relative_error(found, expected) < (0.2 if preset == "zeroquant" else 0.03)

@@ -18,6 +18,7 @@ from torch import fx
 from torch._C._autograd import DeviceType
 from torch._functorch import config as functorch_config
 from torch._guards import TracingContext, tracing
+from torch._inductor import config as inductor_config
 from torch._inductor import debug
 from torch._inductor.compile_fx import compile_fx_inner
 from torch.profiler import ProfilerActivity, profile
@@ -46,8 +47,16 @@ class Kernels:
 
     def compile(self, gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
         """Inductor's inner compiler, with a look at what it emitted before it forgets."""
-        names = {n.name: n.meta.get("custom", {}).get(_NODE, "") for n in gm.graph.nodes}
-        result = compile_fx_inner(gm, inputs, **options)
+        names: dict[str, str] = {}
+
+        def see(operations: list[Any]) -> list[Any]:
+            """The compiler put nodes of its own in place of some of `gm`'s: each call of a Triton kernel is one."""
+            origins = (origin for operation in operations for origin in getattr(operation.node, "origins", ()))
+            names.update({n.name: n.meta.get("custom", {}).get(_NODE, "") for n in origins})
+            return operations
+
+        with inductor_config.patch(_pre_fusion_custom_pass=see):
+            result = compile_fx_inner(gm, inputs, **options)
         emitted = debug._inductor_triton_kernel_to_post_grad_node_info
         for kernel in sorted(emitted, key=lambda k: int(k.rpartition(":")[2])):
             found = dict.fromkeys(names.get(post, "") for post in emitted[kernel])
@@ -97,7 +106,7 @@ def events(function: Callable[..., Any], arguments: Arguments) -> list[tuple[str
     function(*arguments)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler announces itself on stderr
     for _ in range(ROUNDS):
-        with profile(activities=activities) as recorded:
+        with profile(activities=activities, acc_events=True) as recorded:  # else a warning that events were dropped
             function(*arguments)
             if gpu:
                 torch.cuda.synchronize()

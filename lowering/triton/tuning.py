@@ -67,8 +67,14 @@ class Entry:
 
 
 def bucket(rows: int) -> int:
-    """The power of two whose entry `rows` rows take."""
-    return min(MOST, max(FEWEST, triton.next_power_of_2(rows)))
+    """The power of two whose entry `rows` rows take.
+
+    By comparisons alone: of a symbolic number they make a plain one.
+    """
+    size = FEWEST
+    while size < min(rows, MOST):
+        size *= 2
+    return size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,10 +144,20 @@ def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" and torch.cuda.is_available() else ""
 
 
-def chosen(device: torch.device, rows: int, n: int, k: int) -> Choice | None:
-    """What the tables say about a linear of `rows`, `n` output and `k` input channels on this device."""
+def chosen(device: torch.device, rows: int, n: int | torch.SymInt, k: int | torch.SymInt) -> Choice | None:
+    """What the tables say about a linear of `rows`, `n` output and `k` input channels on this device.
+
+    Nothing about a layer whose size is symbolic.
+    """
+    if not isinstance(n, int) or not isinstance(k, int):
+        return None
+    return _entry(device, bucket(rows), n, k)
+
+
+@torch.compiler.assume_constant_result  # Dynamo cannot look into files, nor ask for the name of a device
+def _entry(device: torch.device, rows: int, n: int, k: int) -> Choice | None:
     name = _name(device)
-    entry = table_of(name).get(Problem(bucket(rows), n, k)) if name else None
+    entry = table_of(name).get(Problem(rows, n, k)) if name else None
     return None if entry is None else entry.choice
 
 
