@@ -227,7 +227,9 @@ def fuse_add_norm(node: fx.Node, edit: Edit) -> fx.Node | None:
     return new
 
 
-_ACT = one_of(*(Call(name, (Bind("gate"),), bind="act") for name in ("silu", "gelu", "relu", "sigmoid")))
+GATE_ACTIVATIONS = ("silu", "gelu", "relu", "sigmoid")
+"""Of the gates that are fused with the product they are a factor of."""
+_ACT = one_of(*(Call(name, (Bind("gate"),), bind="act") for name in GATE_ACTIVATIONS))
 _GATE_PRODUCT = mul(_ACT, Bind("up"))
 
 
