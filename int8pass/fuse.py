@@ -12,6 +12,7 @@ import operator
 import torch
 from torch import Tensor, fx
 
+from int8pass.attention import fuse_attention
 from int8pass.capture import Program
 from int8pass.graph.pattern import Bind, Call, add, call, mul, one_of, op_name
 from int8pass.graph.rewrite import Edit, RewriteLog, apply_rules
@@ -30,6 +31,7 @@ def fuse(program: Program) -> RewriteLog:
         (
             fuse_outlier_linear, fuse_linear, fuse_outlier_group_linear, fuse_group_linear, fuse_weight_only,
             fuse_split_quantize, fuse_split_quantize_dynamic, fuse_norm, fuse_add_norm, fuse_gate_product,
+            fuse_attention,
         ),
     )  # fmt: skip
     log.hits["merge_linears"] += merge_linears(program)
