@@ -76,10 +76,9 @@ SCHEMES = (
     Scheme("auto", preset("auto")),
     Scheme("smoothquant-o2", preset("smoothquant-o2")),
     Scheme("smoothquant-o2 + 32 columns", split("smoothquant-o2"), 32),
-    Scheme("smoothquant-o3, gptq", preset("smoothquant-o3", rounding="gptq")),
-    Scheme("smoothquant-o3 + 32 columns, gptq", preset("smoothquant-o3", outliers="static", rounding="gptq"), 32),
-    Scheme("smoothquant-o2, gptq", preset("smoothquant-o2", rounding="gptq")),
-    Scheme("smoothquant-o2 + 32 columns, gptq", preset("smoothquant-o2", outliers="static", rounding="gptq"), 32),
+    Scheme("smoothquant-o3, weights to nearest", preset("smoothquant-o3", rounding="nearest")),
+    Scheme("smoothquant-o2, weights to nearest", preset("smoothquant-o2", rounding="nearest")),
+    Scheme("smoothquant-o2, range of the call alone", preset("smoothquant-o2", clipping="minmax")),
     Scheme("llm.int8", preset("llm.int8"), calibrated=False),
     Scheme("w8a8", preset("w8a8"), calibrated=False),
     Scheme("w8a16", preset("w8a16"), calibrated=False),
@@ -94,10 +93,19 @@ SCHEMES = (
     Scheme(
         "smoothquant-o3 as published (α 0.5, absmax, symmetric, weights per tensor)",
         preset(
-            "smoothquant-o3", alpha=0.5, statistic="absmax", symmetric=True, weights="per_tensor", clipping="minmax"
+            "smoothquant-o3",
+            alpha=0.5,
+            statistic="absmax",
+            symmetric=True,
+            weights="per_tensor",
+            clipping="minmax",
+            rounding="nearest",
         ),
     ),
-    Scheme("w8a8 static, unsmoothed", preset("smoothquant-o3", smoothing="none", symmetric=True, clipping="minmax")),
+    Scheme(
+        "w8a8 static, unsmoothed",
+        preset("smoothquant-o3", smoothing="none", symmetric=True, clipping="minmax", rounding="nearest"),
+    ),
     Scheme("default", preset("default"), calibrated=False),
 )
 STRESSED = (
