@@ -136,6 +136,13 @@ def test_quality_order_on_planted_outliers() -> None:
     assert error["columns only"] < 0.5 * error["w8a8"]
 
 
+def test_a_number_of_columns_is_no_budget() -> None:
+    """The preset "auto" with a number of columns smooths every site and gives it as many."""
+    recipe = int8pass.calibrate(model(), BATCHES, "auto", columns=3)
+    assert {len(site.columns) for site in recipe.sites.values()} == {3}
+    assert not any(site.keep for site in recipe.sites.values())
+
+
 def test_the_float_columns_hold_original_weights() -> None:
     recipe = int8pass.calibrate(model(), BATCHES, columns=len(HOT))
     result = run_pass(model(), batch(9), recipe, stage="portable")

@@ -359,3 +359,14 @@ def test_gptq_of_independent_inputs_is_rounding_to_nearest() -> None:
     assert torch.equal(gptq(weight, scale, torch.eye(12)), nearest)
     idle = torch.zeros(12, 12)
     assert torch.equal(gptq(weight, scale, idle), nearest), "inputs that are never active"
+
+
+def test_what_a_massive_token_does_to_the_others_errors() -> None:
+    """They count where one range serves all tokens; with a range per token they are small beside it."""
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    x[0] *= 1000
+    norms = [
+        Trial(x, [torch.ones(16, 32)], Scheme(activations=a, smoothing="none", outliers="none"), of(x), None)._norm  # type: ignore[arg-type]
+        for a in ("per_token", "static")
+    ]
+    assert norms[0][1:].min() > 10 * norms[1][1:].max()

@@ -54,7 +54,8 @@ def calibrate(
             batches, and all get the same recipe.
         recipe: what to start from: a preset name, a `Recipe` or the path of one. Its schemes say what is done.
         columns: float columns per site with `outliers="static"` (default: the scheme's capacity, or 64 at most); where
-            one range serves a whole tensor and α is searched, on average: a site gets more, fewer or none.
+            one range serves a whole tensor and α is searched, on average: a site gets more, fewer or none. "auto"
+            with a number of columns has no budget: it smooths every site and gives it that many.
         cost: choose {leave, smooth, split, both, keep 16-bit} for every site such that all together cost at most this
             multiple of plain int8 (`int8pass.calibration.budget`); 1.1 for the preset "auto".
         error: or stop where the mean relative error of the sites' outputs is this small.
@@ -127,7 +128,7 @@ class Calibration:
     ) -> Recipe:
         """The recipe with what was found for every site; see `calibrate`."""
         start = Options.parse({"recipe": recipe}, None).recipe
-        if start.scheme == PRESETS["auto"] and cost is None and error is None:
+        if start.scheme == PRESETS["auto"] and cost is None and error is None and columns is None:
             cost = AUTO_COST
         budgeted = cost is not None or error is not None
         if (budgeted or _searches(start)) and not self._holds_out:
