@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import int8pass
-
-CALIBRATION = slice(100, 104)
 from int8pass import example_inputs, hub
 from int8pass.example_inputs import Example
 from int8pass.qdq.rewrite import constant_of

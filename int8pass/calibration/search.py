@@ -1,9 +1,9 @@
 """Choices of one site, by the error they leave in its output on data that did not set its ranges. Mostly arrays.
 
-The error of a choice is Σ ‖ŷ_t - y_t‖² / (‖y_t‖² + e) over a sample of tokens: neither a massive token nor one that is
-nearly zero decides alone. Where one range serves all tokens, e = median ‖y‖²: with the mean, one massive token would make
-the errors of all others vanish. With a range per token it has no part in them, and e = mean ‖y‖²: the median doubled the
-divergence of O1 on SmolLM2 (5.7 to 11.7 thousandths of a nat).
+The error of a choice is Σ ‖ŷ_t - y_t‖² / (‖y_t‖² + e) over a sample of tokens: neither a massive token nor one that
+is nearly zero decides alone. Where one range serves all tokens, e = median ‖y‖²: with the mean, one massive token would
+make the errors of all others vanish. With a range per token it has no part in them, and e = mean ‖y‖²: the median
+doubled the divergence of O1 on SmolLM2 (5.7 to 11.7 thousandths of a nat).
 """
 
 from __future__ import annotations
