@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 import int8pass
 from benchmarks.cpu import stress
+from benchmarks.peers import PEERS
 from int8pass import Recipe, hub, measure
 from int8pass.calibration import Calibration
 from int8pass.calibration.session import Session
@@ -75,10 +76,9 @@ SCHEMES = (
     Scheme("auto", preset("auto")),
     Scheme("smoothquant-o2", preset("smoothquant-o2")),
     Scheme("smoothquant-o2 + 32 columns", split("smoothquant-o2"), 32),
-    Scheme("smoothquant-o3, gptq", preset("smoothquant-o3", rounding="gptq")),
-    Scheme("smoothquant-o3 + 32 columns, gptq", preset("smoothquant-o3", outliers="static", rounding="gptq"), 32),
-    Scheme("smoothquant-o2, gptq", preset("smoothquant-o2", rounding="gptq")),
-    Scheme("smoothquant-o2 + 32 columns, gptq", preset("smoothquant-o2", outliers="static", rounding="gptq"), 32),
+    Scheme("smoothquant-o3, weights to nearest", preset("smoothquant-o3", rounding="nearest")),
+    Scheme("smoothquant-o2, weights to nearest", preset("smoothquant-o2", rounding="nearest")),
+    Scheme("smoothquant-o2, range of the call alone", preset("smoothquant-o2", clipping="minmax")),
     Scheme("llm.int8", preset("llm.int8"), calibrated=False),
     Scheme("w8a8", preset("w8a8"), calibrated=False),
     Scheme("w8a16", preset("w8a16"), calibrated=False),
@@ -93,10 +93,19 @@ SCHEMES = (
     Scheme(
         "smoothquant-o3 as published (α 0.5, absmax, symmetric, weights per tensor)",
         preset(
-            "smoothquant-o3", alpha=0.5, statistic="absmax", symmetric=True, weights="per_tensor", clipping="minmax"
+            "smoothquant-o3",
+            alpha=0.5,
+            statistic="absmax",
+            symmetric=True,
+            weights="per_tensor",
+            clipping="minmax",
+            rounding="nearest",
         ),
     ),
-    Scheme("w8a8 static, unsmoothed", preset("smoothquant-o3", smoothing="none", symmetric=True, clipping="minmax")),
+    Scheme(
+        "w8a8 static, unsmoothed",
+        preset("smoothquant-o3", smoothing="none", symmetric=True, clipping="minmax", rounding="nearest"),
+    ),
     Scheme("default", preset("default"), calibrated=False),
 )
 STRESSED = (
@@ -113,6 +122,8 @@ ENCODED = (
     "outlier-columns",
     "default",
 )
+
+SCHEMES_OF = {"smollm2": tuple(s.name for s in SCHEMES), "stress": STRESSED, "minilm": ENCODED}
 
 
 class Log:
@@ -239,76 +250,12 @@ def spearman(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(ranks)[0, 1])
 
 
-# -- other tools
-
-
-def torchao_dynamic(model: nn.Module, calibration: list[dict[str, Any]]) -> nn.Module:
-    """torchao: int8 dynamic activations, int8 weights."""
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-    quantize_(model, Int8DynamicActivationInt8WeightConfig(), _is_quantized)
-    return model
-
-
-def torchao_smoothquant(model: nn.Module, calibration: list[dict[str, Any]]) -> nn.Module:
-    """torchao's SmoothQuant, α = 0.5, int8 dynamic."""
-    from torchao.prototype.smoothquant import SmoothQuantConfig
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-    base = Int8DynamicActivationInt8WeightConfig()
-    quantize_(model, SmoothQuantConfig(base_config=base, step="prepare", alpha=0.5), _is_quantized)
-    with torch.no_grad():
-        for batch in calibration[:4]:
-            model(**batch)
-    quantize_(model, SmoothQuantConfig(base_config=base, step="convert"))
-    return model
-
-
-def bitsandbytes_int8(model: nn.Module, calibration: list[dict[str, Any]]) -> nn.Module:
-    """bitsandbytes LLM.int8(), threshold 6, its CPU path."""
-    import bitsandbytes as bnb
-
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear) and name != "lm_head":
-                new = bnb.nn.Linear8bitLt(
-                    child.in_features, child.out_features, child.bias is not None, has_fp16_weights=False, threshold=6.0
-                )
-                new.load_state_dict(child.state_dict())
-                setattr(module, name, new.to("cpu"))
-    return model
-
-
-def quanto_w8a8(model: nn.Module, calibration: list[dict[str, Any]]) -> nn.Module:
-    """optimum-quanto: int8 weights, int8 static activations."""
-    from optimum.quanto import Calibration as QuantoCalibration
-    from optimum.quanto import freeze, qint8, quantize
-
-    quantize(model, weights=qint8, activations=qint8, exclude="lm_head")
-    with torch.no_grad(), QuantoCalibration():
-        for batch in calibration[:4]:
-            model(**batch)
-    freeze(model)
-    return model
-
-
-def _is_quantized(module: nn.Module, path: str) -> bool:
-    return isinstance(module, nn.Linear) and not path.endswith("lm_head")
-
-
-PEERS: dict[str, tuple[str, Callable[[nn.Module, list[dict[str, Any]]], nn.Module]]] = {
-    "torchao int8 dynamic": ("torchao", torchao_dynamic),
-    "torchao SmoothQuant α=0.5": ("torchao", torchao_smoothquant),
-    "bitsandbytes LLM.int8()": ("bitsandbytes", bitsandbytes_int8),
-    "optimum-quanto w8a8": ("optimum-quanto", quanto_w8a8),
-}
-
-
 # -- the run
 
 
-def run_schemes(log: Log, name: str, subject: Any, names: tuple[str, ...], windows: int, bars: Bars, only: str) -> None:
-    """Every scheme that has no row yet."""
+def run_schemes(log: Log, name: str, subject: Any, windows: int, bars: Bars, only: str) -> None:
+    """Every scheme of this model that has no row yet."""
+    names = SCHEMES_OF[name]
     chosen = [s for s in SCHEMES if s.name in names and _any(only, s.name) and not log.has(name, s.name, windows)]
     if not chosen:
         return
@@ -340,7 +287,7 @@ def _summary(recipe: Recipe) -> dict[str, Any]:
     return {"alphas": alphas, "columns": columns} if recipe.sites else {}
 
 
-def run_peers(log: Log, name: str, subject: Any, _: tuple[str, ...], windows: int, bars: Bars, only: str) -> None:
+def run_peers(log: Log, name: str, subject: Any, windows: int, bars: Bars, only: str) -> None:
     """Other tools on a copy of the model."""
     names = [peer for peer in PEERS if _any(only, peer) and not log.has(name, peer, windows)]
     for peer in bars.over(names, f"{name}: other tools"):
@@ -416,29 +363,31 @@ def main() -> None:
     with progress_bars(Console(stderr=True)) as bars:
         if args.peers != "only":
             log = Log(args.out, args.windows, args.device)
-            run(log, args, text, bars, run_schemes)
+            run(log, args, text, args.device, bars, run_schemes)
         if args.peers != "without":
-            args.device = torch.device("cpu")
-            log = Log(args.out, args.windows, args.device)
-            run(log, args, text, bars, run_peers)
+            cpu = torch.device("cpu")
+            log = Log(args.out, args.windows, cpu)
+            run(log, args, text, cpu, bars, run_peers)
     Console().print(table(log.report))
 
 
-def run(log: Log, args: argparse.Namespace, text: str, bars: Bars, rows: Callable[..., None]) -> None:
+def run(
+    log: Log, args: argparse.Namespace, text: str, device: torch.device, bars: Bars, rows: Callable[..., None]
+) -> None:
     """`rows` (our schemes, or other tools) of every model asked for."""
     models = args.models.split(",")
     if "smollm2" in models:
-        subject = LanguageModel(*_smollm2(text, args.device), args.windows)
-        rows(log, "smollm2", subject, tuple(s.name for s in SCHEMES), args.windows, bars, args.only)
+        subject = LanguageModel(*_smollm2(text, device), args.windows)
+        rows(log, "smollm2", subject, args.windows, bars, args.only)
     if "minilm" in models:
-        encoder, tokenizer = hub.load("minilm", dtype=torch.float32, device=args.device)
+        encoder, tokenizer = hub.load("minilm", dtype=torch.float32, device=device)
         encoding = SentenceEncoder(encoder.requires_grad_(False), tokenizer, text)
-        rows(log, "minilm", encoding, ENCODED, 0, bars, args.only)
+        rows(log, "minilm", encoding, 0, bars, args.only)
     if "stress" in models and rows is run_schemes:
-        model, windows = _smollm2(text, args.device)
+        model, windows = _smollm2(text, device)
         stress(model)
         stressed = LanguageModel(model, windows, args.stress_windows)
-        rows(log, "stress", stressed, STRESSED, args.stress_windows, bars, args.only)
+        rows(log, "stress", stressed, args.stress_windows, bars, args.only)
 
 
 def _smollm2(text: str, device: torch.device) -> tuple[nn.Module, Tensor]:

@@ -6,7 +6,6 @@ of progress are used by the examples too.
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import json
 import os
@@ -22,7 +21,6 @@ import torch
 from torch import nn
 
 import int8pass
-from int8pass import bench as layer_bench
 from int8pass import hub, measure
 from int8pass.errors import CaptureError, OptionError, UnsupportedError
 
@@ -34,7 +32,7 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(f"the int8pass command needs {missing.name}: pip install 'int8pass[hf]'") from None
 
-from int8pass import onnx_commands
+from int8pass import bench_command, onnx_commands
 from int8pass.terminal import (
     DeviceOption,
     Dtype,
@@ -47,6 +45,7 @@ from int8pass.terminal import (
     recipe_of,
     reported,
     require_folder,
+    say,
     warnings_printed,
 )
 
@@ -115,10 +114,9 @@ def run(
                 options=None if recipe == "default" and not calibrate else {"recipe": chosen},
                 progress=progress,
             )
-        console = Console()
-        console.print(table(comparison))
+        Console().print(table(comparison))
         if inspect:
-            console.print(str(comparison.report), markup=False, highlight=False, soft_wrap=True)
+            say(str(comparison.report))
         if json_file is not None:
             json_file.write_text(json.dumps(comparison.as_dict(), indent=2) + "\n")
 
@@ -194,10 +192,10 @@ def inspect(
         # not through the console: its own line breaks would spoil what is piped
         typer.echo(report.to_json() if as_json else command.shown(report, top_k, stage, console.is_terminal))
         for path in output or ():
-            Console(stderr=True).print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+            say(f"wrote {path}", stderr=True)
         failed = command.failures(report, fail_under_db, fail_on_fallback)
     for line in failed:
-        Console(stderr=True).print(f"int8pass: {line}", markup=False, highlight=False, soft_wrap=True)
+        say(f"int8pass: {line}", stderr=True)
     if failed:
         raise typer.Exit(3)
 
@@ -252,10 +250,8 @@ def calibrate(
             )
         made.save(output)
         errors = [site.error for site in made.sites.values() if site.error is not None]
-        Console().print(
-            f"wrote {output}: {len(made.sites)} sites, mean relative error {sum(errors) / max(1, len(errors)):.2e}",
-            markup=False, highlight=False, soft_wrap=True,
-        )  # fmt: skip
+        mean = sum(errors) / max(1, len(errors))
+        say(f"wrote {output}: {len(made.sites)} sites, mean relative error {mean:.2e}")
 
 
 @app.command()
@@ -267,12 +263,12 @@ def diff(
     with reported():
         lines = int8pass.Recipe.load(first).diff(int8pass.Recipe.load(second))
     for line in lines or ["no difference"]:
-        Console().print(line, markup=False, highlight=False, soft_wrap=True)
+        say(line)
     if lines:
         raise typer.Exit(1)
 
 
-for _command in (onnx_commands.export, onnx_commands.lint):
+for _command in (onnx_commands.export, onnx_commands.lint, bench_command.bench):
     app.command()(_command)
 
 
@@ -302,64 +298,6 @@ def table(comparison: measure.Comparison) -> Table:
     shown.add_section()
     continuations = [Text(form.continuation.strip(), justify="left") for form in (original, quantized)]
     shown.add_row(Text(f"{comparison.prompt} …"), *continuations, "")
-    return shown
-
-
-@app.command()
-def bench(
-    device: DeviceOption = "auto",
-    shape: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Output x input channels, as in 4096x14336; may be repeated. Default: an 8B decoder's layers."
-        ),
-    ] = None,
-    rows: Annotated[
-        list[int] | None, typer.Option(min=1, max=8192, help="Rows (tokens) of the input; may be repeated.")
-    ] = None,
-    tune: Annotated[
-        bool, typer.Option("--tune", help="First search the fastest tiles for this GPU and keep them (minutes).")
-    ] = False,
-    table_file: Annotated[
-        Path | None, typer.Option("--table", help="Write what --tune finds to this table, not to the cache.")
-    ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
-) -> None:
-    """Time int8 linear layers on this GPU beside bf16 ones; with --tune, search their tiles first.
-
-    Found tiles are used by every later torch.compile with int8 on this chip; nothing is searched then.
-    """
-    with reported():
-        if table_file is not None and not tune:
-            raise OptionError("--table: is for what --tune finds.")
-        for option, file in (("--table", table_file), ("--json", json_file)):
-            if file is not None:
-                require_folder(option, file)
-        shapes = layer_bench.parse_shapes(shape) if shape else layer_bench.SHAPES
-        counts = rows or layer_bench.ROWS
-        device_ = device_of(device)
-        layer_bench.require_gpu(device_)
-        console = Console()
-        with Steps() as progress:
-            if tune:
-                count, path = layer_bench.tune(shapes, counts, device_, progress, table_file)
-            found = layer_bench.speeds(shapes, counts, device_, progress)
-        if tune:
-            text = f"{count} of {len(shapes) * len(counts)} layers are faster with tiles found now; kept in {path}"
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
-        console.print(speed_table(found))
-        if json_file is not None:
-            json_file.write_text(json.dumps([dataclasses.asdict(speed) for speed in found], indent=1) + "\n")
-
-
-def speed_table(speeds: list[layer_bench.Speed]) -> Table:
-    """What `int8pass bench` prints."""
-    shown = Table(title="Linear layers, microseconds (int8: activations quantized beforehand)")
-    for title in ("rows", "N", "K", "int8", "bf16", "speed-up", "tile"):
-        shown.add_column(title, justify="left" if title == "tile" else "right")
-    for s in speeds:
-        numbers = (str(s.rows), str(s.n), str(s.k), f"{s.int8_us:.1f}", f"{s.bf16_us:.1f}")
-        shown.add_row(*numbers, f"{s.bf16_us / s.int8_us:.2f}x", s.kernel)
     return shown
 
 

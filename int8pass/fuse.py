@@ -12,6 +12,7 @@ import operator
 import torch
 from torch import Tensor, fx
 
+from int8pass.attention import fuse_attention
 from int8pass.capture import Program
 from int8pass.graph.pattern import Bind, Call, add, call, mul, one_of, op_name
 from int8pass.graph.rewrite import Edit, RewriteLog, apply_rules
@@ -30,6 +31,7 @@ def fuse(program: Program) -> RewriteLog:
         (
             fuse_outlier_linear, fuse_linear, fuse_outlier_group_linear, fuse_group_linear, fuse_weight_only,
             fuse_split_quantize, fuse_split_quantize_dynamic, fuse_norm, fuse_add_norm, fuse_gate_product,
+            fuse_attention,
         ),
     )  # fmt: skip
     log.hits["merge_linears"] += merge_linears(program)
@@ -227,7 +229,9 @@ def fuse_add_norm(node: fx.Node, edit: Edit) -> fx.Node | None:
     return new
 
 
-_ACT = one_of(*(Call(name, (Bind("gate"),), bind="act") for name in ("silu", "gelu", "relu", "sigmoid")))
+GATE_ACTIVATIONS = ("silu", "gelu", "relu", "sigmoid")
+"""Of the gates that are fused with the product they are a factor of."""
+_ACT = one_of(*(Call(name, (Bind("gate"),), bind="act") for name in GATE_ACTIVATIONS))
 _GATE_PRODUCT = mul(_ACT, Bind("up"))
 
 

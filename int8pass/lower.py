@@ -85,8 +85,8 @@ def load_target(target: str) -> None:
 
 def prepare(inputs: Sequence[Any]) -> None:
     """Let the target of these inputs begin to build what it needs, beside the stages that come before lowering."""
-    device = next((v.device.type for v in inputs if isinstance(v, Tensor)), None)
-    if device == "cpu":
+    devices = {v.device.type for v in inputs if isinstance(v, Tensor)}
+    if devices == {"cpu"}:
         from lowering.cpu import native
 
         native.prepare()

@@ -8,11 +8,10 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 
 from int8pass import hub
 from int8pass.errors import OptionError, UnsupportedError
-from int8pass.terminal import Dtype, ModelArgument, RecipeOption, Steps, load, recipe_of, reported, require_folder
+from int8pass.terminal import Dtype, ModelArgument, RecipeOption, Steps, load, recipe_of, reported, require_folder, say
 
 
 class ExportTarget(enum.StrEnum):
@@ -76,7 +75,7 @@ def export(
                 verify={Verify.error: True, Verify.warn: "warn", Verify.off: False}[verify],  # type: ignore[arg-type]
                 progress=progress,
             )
-        Console().print(str(made), markup=False, highlight=False, soft_wrap=True)
+        say(str(made))
 
 
 def lint(
@@ -96,13 +95,12 @@ def lint(
             from int8pass.qdq import lint as linter
         except ModuleNotFoundError as missing:
             raise UnsupportedError(f"lint needs {missing.name}: pip install 'int8pass[onnx]'") from missing
-        console = Console()
         if output is not None and not fix:
             raise OptionError("--output says where --fix writes; give --fix too")
         if fix:
             for name, count in linter.fix(file, output).items():
-                console.print(f"fixed {name}: {count} places", markup=False, highlight=False, soft_wrap=True)
+                say(f"fixed {name}: {count} places")
         found = linter.lint(output or file, runtime.value)
-        console.print(str(found), markup=False, highlight=False, soft_wrap=True)
+        say(str(found))
         if not found.passed:
             raise typer.Exit(1)

@@ -234,6 +234,9 @@ def _codes(plan: _Plan, x: fx.Node, before: fx.Node) -> tuple[fx.Node, ...]:
         quantized = edit.call(ops.quantize_per_token.overload, x, symmetric, before=before)
     else:
         limits = None
+        if plan.scheme.activations == "per_tensor" and plan.scheme.ranged and plan.settings.limits is not None:
+            # The range of a call within the calibrated one is the range of what is clamped to that.
+            x = edit.call(aten.clamp.default, x, *plan.settings.limits, before=before)
         if plan.scheme.activations == "static":
             device = str(before.meta["val"].device)
             (limits,) = edit.derive("limits", limits_tensor, [], plan.settings.limits, device, before=before)

@@ -62,7 +62,8 @@ class Scheme:
     clipping: Literal["minmax", "moving_average", "percentile", "mse", "entropy", "output"] = "minmax"
     """(c) How a static range is found: extremes; their moving average over batches; the 99.99th percentile of |x|; the
     least squared error; the least KL divergence; or the fraction of the extremes that leaves least error in the site's
-    output."""
+    output. With "per_tensor" activations it is a cap: the range is that of the call, but never wider, so that a rare
+    token does not take all others' resolution. "minmax" sets none there."""
     rounding: Literal["nearest", "gptq"] = "nearest"
     """(c) Weights to the nearest code, or column by column with the error fed forward (GPTQ, arXiv 2210.17323)."""
     one_row: Literal["same", "weight_only"] = "weight_only"
@@ -84,6 +85,11 @@ class Scheme:
         if dynamic and (self.weights == "group" or self.activations == "static"):
             what = "group-wise weights" if self.weights == "group" else "static activations"
             raise OptionError(f"{what} take outliers 'none' or 'static' (calibrated), not {self.outliers!r}")
+
+    @property
+    def ranged(self) -> bool:
+        """True when calibration finds a range for the input: the static one, or what caps that of a call."""
+        return self.activations == "static" or (self.activations == "per_tensor" and self.clipping != "minmax")
 
     def columns_for(self, width: int) -> int:
         """Columns reserved per call for an input of `width` channels."""
@@ -117,7 +123,8 @@ class SiteSettings:
     exponents: tuple[float, ...] = ()
     """log2 of the smoothing vector, one per channel, for `smoothing="calibrated"`, in steps of 1/8."""
     limits: tuple[float, float] | None = None
-    """(low, high) of the input, smoothed and without its outlier columns, for `activations="static"`."""
+    """(low, high) of the input, smoothed and without its outlier columns: the range for `activations="static"`, the
+    widest that a call may have for "per_tensor"."""
     alpha: float | None = None
     """The α that calibration used or chose; for the reader of a file."""
     error: float | None = None
@@ -147,8 +154,9 @@ class SiteSettings:
 _DEFAULT = Scheme()
 _PLAIN = Scheme(symmetric=True, outliers="none", smoothing="none", one_row="same")
 _SMOOTHQUANT = Scheme(outliers="none", smoothing="calibrated", alpha=None)
-# A range for all tokens must hold the largest of them; one per token need not care.
-_PER_TENSOR = dataclasses.replace(_SMOOTHQUANT, statistic="absmax")
+# A range for all tokens must hold the largest of them; one per token need not care. Smoothing for it is strong, and
+# leaves weights that are hard to round.
+_PER_TENSOR = dataclasses.replace(_SMOOTHQUANT, statistic="absmax", clipping="output", rounding="gptq")
 
 PRESETS: Mapping[str, Scheme] = MappingProxyType(
     {
@@ -162,7 +170,7 @@ PRESETS: Mapping[str, Scheme] = MappingProxyType(
         "zeroquant": dataclasses.replace(_PLAIN, weights="group"),
         "smoothquant-o1": _SMOOTHQUANT,
         "smoothquant-o2": dataclasses.replace(_PER_TENSOR, activations="per_tensor"),
-        "smoothquant-o3": dataclasses.replace(_PER_TENSOR, activations="static", clipping="output"),
+        "smoothquant-o3": dataclasses.replace(_PER_TENSOR, activations="static"),
         "outlier-columns": Scheme(outliers="static", smoothing="calibrated", capacity=64),
         "auto": Scheme(outliers="static", smoothing="calibrated", alpha=None),
     }

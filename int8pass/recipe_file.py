@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch._guards import tracing
 
 from int8pass.errors import RecipeError
 from int8pass.recipe import Recipe, Scheme, SiteSettings
@@ -64,7 +65,8 @@ def load(path: Path) -> Recipe:
         return recipe
     beside = _beside(path)
     try:
-        tensors = torch.load(beside, weights_only=True)
+        with tracing(None):  # while Dynamo traces, torch.load gives tensors without data
+            tensors = torch.load(beside, weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise RecipeError(f"cannot read {beside}, which holds the rounded codes of {path}: {error}") from error
     if sorted(tensors) != content["tensors"]:

@@ -73,6 +73,11 @@ class Steps:
             self._console.print(f"{title}: {seconds:.1f} s", markup=False, highlight=False)
 
 
+def say(text: str, stderr: bool = False) -> None:
+    """Print text as it is: nothing in it is read as markup or coloured, and no line is broken."""
+    Console(stderr=stderr).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def warnings_printed() -> Iterator[None]:
     """What calibration warns of, as one line on stderr each."""
@@ -81,7 +86,7 @@ def warnings_printed() -> Iterator[None]:
         yield
     for warning in caught:
         if issubclass(warning.category, CalibrationWarning):
-            Console(stderr=True).print(f"int8pass: {warning.message}", markup=False, highlight=False, soft_wrap=True)
+            say(f"int8pass: {warning.message}", stderr=True)
 
 
 @contextmanager
@@ -94,7 +99,7 @@ def reported() -> Iterator[None]:
         expected = failure if isinstance(failure, Int8PassError) else getattr(failure, "inner_exception", None)
         if not isinstance(expected, Int8PassError):
             raise
-        Console(stderr=True).print(f"int8pass: {expected}", markup=False, highlight=False, soft_wrap=True)
+        say(f"int8pass: {expected}", stderr=True)
         raise typer.Exit(1) from failure
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 import torch._dynamo
+
+if TYPE_CHECKING:
+    from harness import Spy
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +24,25 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compilation dominates; threads only fight over the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
+    """`torch.compile(model, backend="int8")` without Inductor."""
+    from harness import Spy  # imports Inductor, which not every test does
+
+    found = Spy()
+    monkeypatch.setattr("int8pass.backend.compile_with_inductor", found)
+    return found
 
 
 @pytest.fixture(scope="module")

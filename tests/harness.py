@@ -148,6 +148,21 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
+class Spy:
+    """In the place of Inductor: notes the graph and the settings, and runs the graph node by node."""
+
+    def __init__(self) -> None:
+        self.config: dict[str, Any] = {}
+        self.ops: dict[str, int] = {}
+        self.graphs = 0
+
+    def __call__(self, program: Program, inputs: Sequence[Any], config: dict[str, Any]) -> Callable[..., Any]:
+        self.config, self.ops = config, count_ops(program)
+        self.graphs += 1
+        program.gm.recompile()
+        return program.gm.forward
+
+
 @contextmanager
 def dynamo_counters() -> Any:
     """Dynamo's counters of what happens inside."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,27 @@ def test_static_ranges_are_those_of_the_data() -> None:
     assert ops["quantize_per_tensor"] == 2
     assert ops["quantize_per_token"] == 0
     del wide
+
+
+def test_a_dynamic_range_stays_within_what_calibration_found() -> None:
+    planted, x = model(), batch(9)
+    start = Recipe.preset("smoothquant-o2")
+    recipe = int8pass.calibrate(planted, [batch(seed) for seed in range(12)], start)
+    ran = run_pass(planted, x, recipe, stage="portable")
+    assert ran.ops["quantize_per_tensor"] == ran.ops["clamp"] == 2
+    free = dataclasses.replace(recipe, scheme=dataclasses.replace(recipe.scheme, clipping="minmax"))
+    assert run_pass(planted, x, free, stage="portable").ops["clamp"] == 0
+    x[0, 0, 5] = 1e4  # the norm makes 8 of it, twice what calibration saw: without a cap, the range of all other tokens
+    expected = (call(planted, x) - x)[1:]
+    capped, other = ((run_pass(planted, x, r).output - x)[1:] for r in (recipe, free))
+    assert relative_error(capped, expected) < relative_error(other, expected)
+
+
+def test_hessians_are_collected_within_their_memory() -> None:
+    from int8pass.calibration.calibrate import _within_bytes
+
+    assert _within_bytes({"a": 3, "b": 3, "c": 5, "d": 9, "e": 1}, 8) == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert _within_bytes({}, 8) == []
 
 
 @pytest.mark.parametrize("clipping", ["minmax", "moving_average", "percentile", "mse", "entropy", "output"])

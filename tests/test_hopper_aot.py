@@ -13,7 +13,7 @@ if triton.knobs.runtime.interpret:
     pytest.skip("Gluon cannot be interpreted", allow_module_level=True)
 hopper = pytest.importorskip("lowering.triton.hopper", reason="the kernel needs Gluon for Hopper")
 
-from test_triton_aot import SM90, Compiled, resources  # noqa: E402
+from sm90 import SM90, Compiled, resources  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from lowering.triton.act import CODE  # noqa: E402

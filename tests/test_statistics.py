@@ -255,6 +255,29 @@ def test_the_columns_that_cause_most_error_are_found(activations: str) -> None:
         assert split.limits[1] < 0.2 * without.limits[1]
 
 
+def test_with_a_range_per_token_columns_are_those_of_most_energy() -> None:
+    made = trial(Scheme(outliers="static", smoothing="calibrated"))
+    for alpha in (None, 0.5, 0.9):
+        found = made.columns(Choice(made.exponents("rms", alpha)), 9)
+        assert found == tuple(sorted(made.statistics.energy.topk(9).indices.tolist()))
+
+
+def test_a_call_may_be_capped_where_a_rare_token_would_set_the_range() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(600, 128, generator=generator)
+    x[::300] *= 3.0  # rare tokens a little out of line: clipping them costs less than their range
+    weights = [torch.randn(48, 128, generator=generator)]
+    capped, free = (
+        Trial(x[200:], weights, Scheme(activations="per_tensor", clipping=c, smoothing="none"), of(x[:400]), None)  # type: ignore[arg-type]
+        for c in ("output", "minmax")
+    )
+    found, other = (t.best(t.smoothings()) for t in (capped, free))
+    assert other.limits is None, "as published: the range of the call"
+    assert found.limits is not None
+    assert found.limits[1] < float(x[:400].amax())
+    assert found.error < other.error
+
+
 @pytest.mark.parametrize("activations", ["per_token", "per_tensor", "static"])
 def test_alpha_is_searched_by_the_error_it_leaves(activations: str) -> None:
     made = trial(Scheme(activations=activations, outliers="none", smoothing="calibrated", alpha=None))
@@ -317,6 +340,17 @@ def test_gptq_leaves_less_error_than_rounding_to_nearest(group: int | None) -> N
     assert codes.abs().max() <= 127
     errors = [float((x @ (c * spread - weight).t()).norm()) for c in (codes.float(), nearest.float())]
     assert errors[0] < 0.7 * errors[1]
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 1000))
+def test_gptq_does_not_depend_on_the_order_of_columns(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(200, 48, generator=generator) * torch.rand(48, generator=generator).add(0.1)
+    weight, order = torch.randn(8, 48, generator=generator), torch.randperm(48, generator=generator)
+    scale, second = numerics.quantize_weight(weight)[1], hessian(x)
+    moved = gptq(weight[:, order].contiguous(), scale, second[order][:, order])
+    assert torch.equal(moved, gptq(weight, scale, second)[:, order])
 
 
 def test_gptq_of_independent_inputs_is_rounding_to_nearest() -> None:

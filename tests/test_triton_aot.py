@@ -1,163 +1,24 @@
-"""The Triton kernels without a GPU: traced as Inductor traces them, and compiled ahead of time for an H100 (sm_90).
-
-A host wrapper is run on meta tensors with its launches recorded instead of made, so what is compiled here is exactly
-what it ships: same kernel, same constants, same warps and stages.
-"""
+"""The Triton kernels without a GPU: compiled ahead of time for an H100 (sm_90)."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-import os
 import re
-import subprocess
-import tempfile
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="the kernels need Triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("interpreted kernels can be neither traced nor compiled", allow_module_level=True)
 
-from torch._dynamo.source import ConstantSource  # noqa: E402
-from torch._functorch.aot_autograd import aot_module_simplified  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
-from torch.fx.experimental.symbolic_shapes import (  # noqa: E402
-    DimDynamic,
-    ShapeEnv,
-    StatelessSymbolicContext,
-)
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from sm90 import BF16, F16, F32, I8, Compiled, compile_for_sm90, empty, launches, one, w8a8_args  # noqa: E402
 
-from lowering.registry import Op, Sample, all_ops  # noqa: E402
 from lowering.triton import linear, tuning  # noqa: E402
-
-SM90 = GPUTarget("cuda", 90, 32)
-META = torch.device("meta")
-BF16, F32, F16, I8, I32 = torch.bfloat16, torch.float32, torch.float16, torch.int8, torch.int32
-WRAPPERS = ("act", "columns", "linear", "norm", "quantize")
-POINTER = {
-    F32: "*fp32", BF16: "*bf16", F16: "*fp16", I8: "*i8", torch.int16: "*i16", I32: "*i32", torch.int64: "*i64",
-    torch.bool: "*i1",
-}  # fmt: skip
-OPTIONS = ("num_warps", "num_stages")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Recording and compiling
-
-
-@dataclass(frozen=True)
-class Launch:
-    kernel: Any
-    arguments: dict[str, Any]
-    options: dict[str, int]
-
-
-def launches(monkeypatch: pytest.MonkeyPatch, operator: Any, *args: Any) -> list[Launch]:
-    """What the host wrapper `operator` launches for `args` (meta tensors)."""
-    recorded: list[Launch] = []
-
-    class Recorder:
-        def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
-
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            def launch(*args: Any, **kwargs: Any) -> None:
-                options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
-                named = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
-                recorded.append(Launch(self.kernel, named, options))
-
-            return launch
-
-    for name in WRAPPERS:
-        monkeypatch.setattr(importlib.import_module(f"lowering.triton.{name}"), "wrap_triton", Recorder)
-    operator.__wrapped__(*args)
-    return recorded
-
-
-@dataclass(frozen=True)
-class Compiled:
-    ptx: str
-    registers: int
-    stack: int
-    shared: int
-
-
-def compile_for_sm90(launch: Launch) -> Compiled:
-    """PTX and the resources of the machine code, as the runtime would compile this launch."""
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-            continue
-        if isinstance(value, Tensor):
-            signature[parameter.name] = POINTER[value.dtype]
-        else:
-            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    return resources(triton.compile(source, target=SM90, options=dict(launch.options)))
-
-
-def resources(built: Any) -> Compiled:
-    """What a compiled kernel uses, from its machine code."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(built.asm["cubin"])
-        usage = subprocess.run(
-            [_cuobjdump(), "--dump-resource-usage", str(path)], check=True, capture_output=True, text=True
-        ).stdout
-    found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return Compiled(built.asm["ptx"], found["REG"], found["STACK"] + found["LOCAL"], built.metadata.shared)
-
-
-def _cuobjdump() -> str:
-    path = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not os.access(path, os.X_OK):
-        pytest.skip("this Triton brings no cuobjdump")
-    return str(path)
-
-
-def one(monkeypatch: pytest.MonkeyPatch, operator: Any, *args: Any) -> tuple[Launch, Compiled]:
-    (launch,) = launches(monkeypatch, operator, *args)
-    return launch, compile_for_sm90(launch)
-
-
-def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=META)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Linear layers
-
-
-def w8a8_args(
-    m: int,
-    n: int,
-    k: int,
-    dtype: torch.dtype = BF16,
-    outlier: torch.dtype | None = None,
-    r: int = 32,
-    bare: bool = False,
-) -> tuple[Any, ...]:
-    """Zero point, bias and outliers at once: the most registers a tile can need; or with `bare` none of the three."""
-    return (
-        empty(m, k, dtype=I8), empty(m, 1, dtype=F32), None if bare else empty(m, 1, dtype=I32), empty(n, k, dtype=I8),
-        empty(n, dtype=F32), None if bare else empty(n, dtype=I32), None if bare else empty(n, dtype=dtype),
-        None if outlier is None else empty(m, r, dtype=dtype),
-        None if outlier is None or outlier == I8 else empty(n, r, dtype=outlier),
-        empty(r, dtype=torch.int64) if outlier == I8 else None, dtype,
-    )  # fmt: skip
 
 
 def shapes(tiles: linear.Tiles) -> list[tuple[int, int]]:
@@ -300,103 +161,3 @@ def test_dynamic_prologues(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(passes) == 3
         for launch in (passes[0], passes[2]):
             assert compile_for_sm90(launch).stack == 0, f"{launch.kernel.__name__} spills"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tracing
-
-
-class _OfflineDriver:
-    """Tells Triton the target, which is all that torch's analysis of a kernel's writes asks for."""
-
-    def get_current_target(self) -> GPUTarget:
-        return SM90
-
-
-@pytest.fixture
-def offline_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not torch.cuda.is_available():
-        monkeypatch.setattr(triton.runtime.driver, "_active", _OfflineDriver())
-
-
-WITH_ROWS = [op for op in all_ops().values() if not op.name.startswith("dequantize_weight")]
-
-
-def traced_samples() -> list[Any]:
-    """The first sample of every op; of those that search for columns one with a threshold too."""
-    found = []
-    for op in WITH_ROWS:
-        fit = [s for s in op.samples(torch.device("cpu")) if not {0, 1} & {*s.args[0].shape}]
-        above = [s for s in fit if op.name.endswith("_dynamic") and s.args[-1 - (not op.name.startswith("out"))] > 0]
-        found += [
-            pytest.param(op, s, id=f"{op.name}-{s.label}") for s in {id(s): s for s in [fit[0], *above[:1]]}.values()
-        ]
-    return found
-
-
-@pytest.mark.usefixtures("offline_driver")
-@pytest.mark.parametrize(("op", "sample"), traced_samples())
-def test_traces_with_symbolic_rows(op: Op, sample: Sample) -> None:
-    """AOTAutograd sees through every implementation: a symbolic number of rows stays so, only results are written."""
-    lead = sample.args[0].shape[:-1]
-    graph, env = torch.fx.Graph(), ShapeEnv()
-    mode = FakeTensorMode(shape_env=env)
-    nodes, args = [], []
-    for i, value in enumerate(sample.args):
-        if isinstance(value, Tensor):
-            by_row = value.dim() >= 2 and value.shape[:-1] == lead and value.shape[-1] != lead[0]
-            rows = DimDynamic.DUCK if by_row else DimDynamic.STATIC  # equal sizes are one symbol
-            sizes = [rows] * (value.dim() - 1) + [DimDynamic.STATIC] * min(1, value.dim())
-            args.append(
-                mode.from_tensor(
-                    value.contiguous(),
-                    source=ConstantSource(f"argument{i}"),
-                    symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes),
-                )
-            )
-            nodes.append(graph.placeholder(f"argument{i}"))
-        else:
-            args.append(value)
-            nodes.append(value)
-    chosen = op.choose("triton", tuple(args))
-    result = graph.call_function(chosen.function, tuple(nodes))
-    graph.output(result if isinstance(op.reference(*sample.args), tuple) else (result,))
-    traced: list[torch.fx.GraphModule] = []
-
-    def keep(module: torch.fx.GraphModule, _: Any) -> Any:
-        traced.append(module)
-        return module.forward
-
-    fakes = [a for a in args if isinstance(a, Tensor)]
-    aot_module_simplified(torch.fx.GraphModule({}, graph), fakes, fw_compiler=keep)
-    assert not env.guards, [str(guard.expr) for guard in env.guards]
-    kernels = [n for n in traced[0].graph.nodes if "triton_kernel" in str(n.target)]
-    if chosen.function is op.reference:
-        assert not kernels
-        return
-    assert kernels
-    results = {
-        "bits", "extent", "out", "hidden", "codes", "scale", "zero_point", "outliers", "marks", "columns", "overflow",
-    }  # fmt: skip
-    for node in kernels:
-        one_program = "marks" in node.kwargs["tensors_to_clone"]  # the choice of columns, whatever the rows
-        assert one_program or isinstance(node.kwargs["grid"][0][0], torch.fx.Node), "the grid was specialized"
-        written = set(node.kwargs["tensors_to_clone"])
-        inputs = {name for name, value in node.kwargs["kwargs"].items() if isinstance(value, torch.fx.Node)}
-        assert written <= results & inputs
-
-
-def test_a_tile_is_chosen_from_the_hint_without_a_guard() -> None:
-    from lowering.triton.launch import UNKNOWN_ROWS, expected_rows
-
-    env = ShapeEnv()
-    mode = FakeTensorMode(shape_env=env)
-    x = mode.from_tensor(
-        torch.empty(48, 8),
-        source=ConstantSource("x"),
-        symbolic_context=StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC]),
-    )
-    assert expected_rows(x.shape[0]) == 48
-    assert expected_rows(env.create_unbacked_symint()) == UNKNOWN_ROWS
-    assert expected_rows(3) == 3
-    assert not env.guards

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 triton = pytest.importorskip("triton", reason="tiles belong to the Triton kernels")
 pytest.importorskip("typer")
 
+from sm90 import launches, w8a8_args  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
-from int8pass import bench, cli  # noqa: E402
+from int8pass import bench, bench_command, cli  # noqa: E402
 from int8pass.errors import OptionError  # noqa: E402
 from lowering.triton import linear, tuning  # noqa: E402
 from lowering.triton.tuning import WGMMA, Entry, Problem, Tile  # noqa: E402
@@ -95,8 +96,6 @@ def test_shipped_tables_fit_their_chips() -> None:
 
 
 def test_a_launch_takes_the_measured_tile(fake_gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from test_triton_aot import launches, w8a8_args
-
     def tile() -> tuple[int, int, int]:
         (launch,) = launches(monkeypatch, linear.linear_w8a8_tiles, *w8a8_args(12, 256, 512, bare=True))
         return tuple(launch.arguments[f"BLOCK_{side}"] for side in "MNK")
@@ -161,7 +160,7 @@ def test_shapes_are_read() -> None:
 
 def test_the_command_tunes_stores_and_prints(fake_gpu: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tile = Tile(16, 32, 128, 4, 3)
-    monkeypatch.setattr(cli, "device_of", lambda text: CUDA)
+    monkeypatch.setattr(bench_command, "device_of", lambda text: CUDA)
     monkeypatch.setattr(bench, "require_gpu", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
     monkeypatch.setattr(tuning, "compile_all", lambda problems, device, workers, progress: progress(1, 1))

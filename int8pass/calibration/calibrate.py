@@ -26,6 +26,7 @@ from lowering import numerics
 
 HISTOGRAMS = {"percentile", "mse", "entropy"}
 AUTO_COST = 1.1
+HESSIANS = 2**32  # bytes that they may take at a time: sites beyond that wait for another pass over the data
 
 
 def _silent(title: str, done: int, total: int) -> None:
@@ -280,11 +281,11 @@ class _Work:
         return plans[min(scores)[1]]
 
     def ranges(self, settings: dict[str, SiteSettings], batches: Sequence[Any]) -> dict[str, SiteSettings]:
-        """Static ranges by histogram, where a scheme asks for it; then clipped, where that leaves less error."""
+        """Ranges by histogram, where a scheme asks for it."""
         wanted = {}
         for name, found in settings.items():
             scheme = self._scheme(name)
-            if scheme.activations == "static" and scheme.clipping in HISTOGRAMS and found.limits is not None:
+            if scheme.ranged and scheme.clipping in HISTOGRAMS and found.limits is not None:
                 s = torch.exp2(torch.tensor(found.exponents or (0.0,) * self._statistics[name].width))
                 wanted[name] = (s, found.columns, found.limits)
         if not wanted:
@@ -301,15 +302,15 @@ class _Work:
         names = {n for n in sites if self._scheme(n).rounding == "gptq" and not recipe.at(n).keep}
         if not names:
             return {}
-        seconds = observe.hessians(self._session, batches, names, self._progress)
         made: dict[str, Tensor] = {}
-        for done, name in enumerate(sorted(names)):
-            self._progress("round weights", done, len(names))
-            info, found, scheme = sites[name], recipe.at(name), self._scheme(name)
-            exponents = found.exponents or (0.0,) * info.width
-            for path, weight in zip(info.paths, info.weights):
-                made[path] = _rounded(weight, seconds[name], exponents, found.columns, scheme)
-        self._progress("round weights", len(names), len(names))
+        done = 0
+        for group in _within_bytes({name: 4 * sites[name].width ** 2 for name in sorted(names)}, HESSIANS):
+            seconds = observe.hessians(self._session, batches, set(group), self._progress)
+            for name in group:
+                self._progress("round weights", done, len(names))
+                made |= _rounded(sites[name], seconds.pop(name), recipe.at(name), self._scheme(name))
+                done += 1
+        self._progress("round weights", done, len(names))
         return made
 
 
@@ -324,20 +325,40 @@ def _by_count(trial: Trial, count: int) -> list[Choice]:
     return found + [trial.best(good, n) for n in sorted(counts) if 0 < n <= trial.x.shape[1]]
 
 
-def _rounded(
-    weight: Tensor, second: Tensor, exponents: tuple[float, ...], columns: tuple[int, ...], scheme: Scheme
-) -> Tensor:
-    """The codes of one weight under a site's smoothing and columns, on the CPU."""
-    s = torch.exp2(torch.tensor(exponents, dtype=torch.float32, device=weight.device))
-    scaled = weight.detach().float() * s
-    scaled[:, list(columns)] = 0.0
-    second = second.to(weight.device) / (s[:, None] * s)
+def _within_bytes(sizes: Mapping[str, int], most: int) -> list[list[str]]:
+    """Names in order, in groups of at most `most` bytes, or of one."""
+    groups: list[list[str]] = []
+    free = 0
+    for name, size in sizes.items():
+        if not groups or size > free:
+            groups.append([])
+            free = most
+        groups[-1].append(name)
+        free -= size
+    return groups
+
+
+def _rounded(info: SiteInfo, second: Tensor, found: SiteSettings, scheme: Scheme) -> dict[str, Tensor]:
+    """The codes of a site's weights under its smoothing and columns by path, on the CPU; all at once: they share the
+    Hessian."""
+    s = torch.exp2(torch.tensor(found.exponents or (0.0,) * info.width, dtype=torch.float32, device=second.device))
+    weights, scales = [], []
+    for weight in info.weights:
+        scaled = weight.detach().float().to(s.device) * s
+        scaled[:, list(found.columns)] = 0.0
+        weights.append(scaled)
+        scales.append(_scale(scaled, scheme))
+    group = scheme.group_size if scheme.weights == "group" else None
+    codes = gptq(torch.cat(weights), torch.cat(scales), second / (s[:, None] * s), group).cpu()
+    return dict(zip(info.paths, (part.clone() for part in codes.split(info.sizes))))
+
+
+def _scale(weight: Tensor, scheme: Scheme) -> Tensor:
+    """The scales that packing gives `weight[N, K]` under a scheme."""
     if scheme.weights == "group":
-        _, scale = numerics.quantize_weight_groups(scaled, scheme.group_size)
-        return gptq(scaled, scale, second, scheme.group_size).cpu()
+        return numerics.quantize_weight_groups(weight, scheme.group_size)[1]
     per_channel = scheme.weights == "per_channel"
-    quantize = numerics.quantize_weight if per_channel else numerics.quantize_weight_per_tensor
-    return gptq(scaled, quantize(scaled)[1], second).cpu()
+    return (numerics.quantize_weight if per_channel else numerics.quantize_weight_per_tensor)(weight)[1]
 
 
 def _versions() -> MappingProxyType[str, str]:

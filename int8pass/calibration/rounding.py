@@ -24,6 +24,9 @@ def hessian(x: Tensor) -> Tensor:
 def gptq(weight: Tensor, scale: Tensor, second: Tensor, group: int | None = None, damping: float = 0.01) -> Tensor:
     """Codes int8 [N, K] for `weight[N, K]` that minimize `‖(W - Q)x‖²` greedily, column by column.
 
+    The columns of most energy come first (GPTQ's "act-order"): their own rounding is what costs most, and what comes
+    early has most columns left to make up for it. It matters most after smoothing, where a few columns set the scales.
+
     Args:
         weight: fp32; columns of zeros get code 0.
         scale: [N], or [N, ceil(K / group)] with `group` columns a scale: given, and not changed.
@@ -33,7 +36,9 @@ def gptq(weight: Tensor, scale: Tensor, second: Tensor, group: int | None = None
     The rounding error of a column is spread over the columns not rounded yet by the inverse Hessian's Cholesky factor.
     """
     n, k = weight.shape
-    work, spread = weight.detach().float().clone(), _per_column(scale, k, group)
+    order = second.diagonal().argsort(descending=True, stable=True)
+    work, spread = weight.detach().float()[:, order], _per_column(scale, k, group)[:, order]
+    second = second[order][:, order]
     factor = _inverse_factor(second, work, damping)
     codes = torch.zeros(n, k, dtype=torch.int8, device=weight.device)
     for start in range(0, k, BLOCK):
@@ -47,6 +52,7 @@ def gptq(weight: Tensor, scale: Tensor, second: Tensor, group: int | None = None
             work[:, j:stop] -= error[:, None] * factor[j, j:stop][None]
             errors[:, j - start] = error
         work[:, stop:] -= errors @ factor[start:stop, stop:]
+    codes = codes[:, order.argsort()]
     codes[:, (weight == 0).all(0)] = 0
     return codes
 

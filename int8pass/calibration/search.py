@@ -96,11 +96,10 @@ class Trial:
 
     def tried(self, choice: Choice) -> Choice:
         """`choice` with its range and its error."""
-        static = self.scheme.activations == "static"
-        if (static or self.scheme.activations == "per_tensor") and choice.limits is None:
+        if self.scheme.activations in {"static", "per_tensor"} and choice.limits is None:
             choice = replace(choice, limits=self.limits(choice))
         error = self.error(choice)
-        return replace(choice, error=error) if static else replace(choice, error=error, limits=None)
+        return replace(choice, error=error) if self.scheme.ranged else replace(choice, error=error, limits=None)
 
     def smoothings(self) -> list[Choice]:
         """The smoothing vectors that the scheme allows, unmeasured."""
@@ -123,19 +122,22 @@ class Trial:
     def columns(self, choice: Choice, count: int) -> tuple[int, ...]:
         """The `count` columns that cause most error under a smoothing vector, in ascending order.
 
-        A column costs what rounding its weights costs under its activations, what rounding its activations costs under
+        With one range per token these are the columns of most energy, whatever the vector: there, rounding the weights
+        costs most and ranges are set; shares of a sample's error rank them worse. Where a range serves all tokens, a
+        column costs what rounding its weights costs under its activations, what rounding its activations costs under
         its weights, and the resolution of every token whose range it sets: taken in four steps, because the next
         largest sets the range once the largest is gone.
         """
         s = torch.exp2(choice.exponents).float()
+        if self.scheme.activations == "per_token":
+            energy = self.statistics.energy
+            return tuple(sorted(torch.topk(energy, min(count, energy.numel())).indices.tolist()))
         x, weight = self.x / s, torch.cat(self.weights) * s
         absmax = self.statistics.absmax.to(s.device).float() / s
         taken: list[int] = []
         for step in range(4):
             wanted = count * (step + 1) // 4 - len(taken)
-            score = _blame(
-                x, weight, 1.0 / self._norm, taken, None if self.scheme.activations == "per_token" else absmax
-            )
+            score = _blame(x, weight, 1.0 / self._norm, taken, absmax)
             taken += torch.topk(score, min(wanted, score.numel() - len(taken))).indices.tolist()
         return tuple(sorted(taken))
 
@@ -153,7 +155,7 @@ class Trial:
         if self.scheme.activations in {"static", "per_tensor"} and len(candidates) > FINALISTS:
             finer = [f for choice in tried[:REFINED] for f in self._finer(choice)]
             tried = sorted([*tried, *self._with_columns(finer, count)], key=lambda c: c.error)
-        if self.scheme.activations == "static" and self.scheme.clipping == "output":
+        if self.scheme.ranged and self.scheme.clipping == "output":
             tried = sorted((self.clipped(choice) for choice in tried[:FINALISTS]), key=lambda c: c.error)
         return tried
 
@@ -173,7 +175,7 @@ class Trial:
         return [Choice(grouped(choice.exponents + e, self.channels), choice.alpha) for e in more]
 
     def clipped(self, choice: Choice) -> Choice:
-        """A static choice with the fraction of its range that leaves least error."""
+        """A choice with the fraction of its range that leaves least error."""
         assert choice.limits is not None
         low, high = choice.limits
         return min((self.tried(replace(choice, limits=(f * low, f * high))) for f in CLIPS), key=lambda c: c.error)
@@ -208,10 +210,10 @@ def _some_rows(weight: Tensor) -> Tensor:
     return weight.detach()[::step].float()
 
 
-def _blame(x: Tensor, weight: Tensor, token: Tensor, taken: list[int], absmax: Tensor | None) -> Tensor:
+def _blame(x: Tensor, weight: Tensor, token: Tensor, taken: list[int], absmax: Tensor) -> Tensor:
     """The error that each column of `x[T, K]`, `weight[N, K]` causes, [K]; -inf for those already `taken`.
 
-    `token` [T] weighs the tokens. `absmax` [K], over all data, where one range serves all tokens.
+    `token` [T] weighs the tokens; `absmax` [K] is over all data: one range serves all tokens.
     """
     x, weight = x.clone(), weight.clone()
     x[:, taken], weight[:, taken] = 0.0, 0.0
@@ -219,15 +221,9 @@ def _blame(x: Tensor, weight: Tensor, token: Tensor, taken: list[int], absmax: T
     from_weights = (x.square() * token[:, None]).sum(0) * (step.square().sum() / 12)
     norms = weight.square().sum(0)
     unit = norms.sum() / (12 * 127**2)
-    if absmax is None:
-        top = x.abs().topk(min(2, x.shape[1]), dim=1)
-        largest, second = top.values[:, 0].square(), top.values[:, -1].square()
-        noise = (largest * token).sum()
-        relief = torch.zeros_like(norms).scatter_add(0, top.indices[:, 0], (largest - second) * token * unit)
-    else:
-        absmax = absmax.index_fill(0, torch.tensor(taken, dtype=torch.int64, device=x.device), 0.0)
-        noise = absmax.amax().square() * token.sum()
-        relief = absmax.square() * token.sum() * unit
+    absmax = absmax.index_fill(0, torch.tensor(taken, dtype=torch.int64, device=x.device), 0.0)
+    noise = absmax.amax().square() * token.sum()
+    relief = absmax.square() * token.sum() * unit
     score = from_weights + noise / (12 * 127**2) * norms + relief
     score[taken] = -torch.inf
     return score

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from int8pass.capture import Program
+from int8pass.fuse import GATE_ACTIVATIONS
 from int8pass.graph.constants import Store
 from int8pass.graph.pattern import op_name
 from int8pass.graph.rewrite import LINEAR
@@ -21,7 +22,6 @@ from int8pass.match import VIEWS, Site
 PRODUCTS = ("linear", "gated_linear")
 """How the ops begin that multiply with a site's weights."""
 ROUNDS = 3
-ACTIVATIONS = {"silu", "gelu", "relu", "sigmoid"}
 NOTE = "node by node, without Inductor's fusion; the fastest of 3 runs"
 
 
@@ -107,11 +107,11 @@ def originals(site: Site, fused: set[str]) -> list[fx.Node]:
     names = {name.removesuffix("_dynamic") for name in fused}
     if names & {"norm_quantize", "add_norm_quantize", "act_mul_quantize"}:
         nodes.append(site.source)
-        wanted = {"add_norm_quantize": {"add"}, "act_mul_quantize": ACTIVATIONS}
+        wanted = {"add_norm_quantize": {"add"}, "act_mul_quantize": set(GATE_ACTIVATIONS)}
         for name in names & set(wanted):
             nodes += [n for n in site.source.all_input_nodes if op_name(n) in wanted[name]]
     if "gated_linear_quantize" in names:
-        activations = [n for reader in site.readers for n in reader.node.users if op_name(n) in ACTIVATIONS]
+        activations = [n for reader in site.readers for n in reader.node.users if op_name(n) in GATE_ACTIVATIONS]
         nodes += [*activations, *(n for activation in activations for n in activation.users if op_name(n) == "mul")]
     return nodes
 

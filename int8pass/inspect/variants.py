@@ -51,7 +51,7 @@ def _smoothed(scheme: Scheme, settings: SiteSettings) -> dict[str, Any]:
 
 
 def _own_range(scheme: Scheme) -> dict[str, Any]:
-    return {"activations": "per_tensor"} if scheme.activations == "static" else {}
+    return {"activations": "per_tensor", "clipping": "minmax"} if scheme.ranged else {}
 
 
 def _with_columns(scheme: Scheme, settings: SiteSettings) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def _enough_for(scheme: Scheme, recipe: Recipe, names: list[str]) -> bool:
         return False
     splits = any(s.columns for s in settings)
     # A range beside outlier columns is too narrow without them.
-    return splits if scheme.outliers == "static" else not (splits and scheme.activations == "static")
+    return splits if scheme.outliers == "static" else not (splits and scheme.ranged)
 
 
 @dataclass

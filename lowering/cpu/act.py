@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowering.cpu import native
 from lowering.cpu.linear import native_arguments, native_w8a8
-from lowering.cpu.quantize import native_rows
+from lowering.cpu.quantize import quantize_rows, split_rows
 from lowering.ops.act import (
     ACTIVATIONS,
     act_mul_quantize,
@@ -18,8 +18,6 @@ from lowering.ops.act import (
     gated_linear_quantize_dynamic,
 )
 from lowering.ops.linear import linear_w8a8
-from lowering.ops.norm import quantize_rows
-from lowering.ops.quantize import split_quantize_dynamic
 
 act_mul_quantize.impl("cpu")(act_mul_quantize.reference)
 
@@ -29,7 +27,7 @@ def native_act_mul_quantize(
     gate: Tensor, up: Tensor, act: str, columns: Tensor | None, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The product as in the reference, then one pass over each row."""
-    return native_rows(ACTIVATIONS[act](gate) * up, columns, symmetric)
+    return quantize_rows(ACTIVATIONS[act](gate) * up, columns, symmetric)
 
 
 @act_mul_quantize_dynamic.impl("cpu")
@@ -37,8 +35,7 @@ def act_mul_then_split_quantize(
     gate: Tensor, up: Tensor, act: str, capacity: int, threshold: float, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The product, then the split of whichever kernel takes it."""
-    args = (ACTIVATIONS[act](gate) * up, capacity, threshold, symmetric)
-    return split_quantize_dynamic.choose("cpu", args).function(*args)
+    return split_rows(ACTIVATIONS[act](gate) * up, capacity, threshold, symmetric)
 
 
 def _gated_linear(*args: Any) -> Tensor:
@@ -71,8 +68,6 @@ def gated_linear_then_quantize(
     product = _gated_linear(
         codes, scale, zero_point, weight, weight_scale, weight_sum, bias, outliers, outlier_weight, columns, dtype, act
     )
-    if native.takes(product) is True:
-        return native_rows(product, split_columns, symmetric)
     return quantize_rows(product, split_columns, symmetric)
 
 
@@ -98,5 +93,4 @@ def gated_linear_then_split_quantize(
     product = _gated_linear(
         codes, scale, zero_point, weight, weight_scale, weight_sum, bias, outliers, outlier_weight, columns, dtype, act
     )
-    args = (product, capacity, threshold, symmetric)
-    return split_quantize_dynamic.choose("cpu", args).function(*args)
+    return split_rows(product, capacity, threshold, symmetric)

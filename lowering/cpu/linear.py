@@ -146,28 +146,15 @@ def native_linear_w8a8(
     )
 
 
-def native_arguments(
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_sum: Tensor | None,
-    bias: Tensor | None,
-    outliers: Tensor | None,
-    outlier_weight: Tensor | None,
-    columns: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Any, ...]:
+def native_arguments(codes: Tensor, scale: Tensor, zero_point: Tensor | None, *rest: Any) -> tuple[Any, ...]:
     """Arguments of `linear_w8a8` as the native kernels read them: contiguous, and of every row its scale."""
     one = (*codes.shape[:-1], 1)
     return (
-        codes.contiguous(), scale.expand(one).contiguous(),
+        codes.contiguous(),
+        scale.expand(one).contiguous(),
         None if zero_point is None else zero_point.expand(one).contiguous(),
-        weight.contiguous(), weight_scale.contiguous(), weight_sum, None if bias is None else bias.contiguous(),
-        None if outliers is None else outliers.contiguous(),
-        None if outlier_weight is None else outlier_weight.contiguous(), columns, dtype,
-    )  # fmt: skip
+        *(value.contiguous() if isinstance(value, Tensor) else value for value in rest),
+    )
 
 
 FEW_FLOAT_ROWS = 8

@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from lowering.cpu import native
-from lowering.cpu.quantize import native_rows
+from lowering.cpu.quantize import quantize_rows, split_rows
 from lowering.ops import norm
-from lowering.ops.quantize import split_quantize_dynamic
 
 for _op in (norm.rms_norm, norm.norm_quantize, norm.add_norm_quantize):
     _op.impl("cpu")(_op.reference)
@@ -25,7 +24,7 @@ def native_norm_quantize(
     symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The norm as in the reference, then one pass over each row."""
-    return native_rows(norm.normalize(x, weight, bias, eps, offset, mode), columns, symmetric)
+    return quantize_rows(norm.normalize(x, weight, bias, eps, offset, mode), columns, symmetric)
 
 
 @norm.add_norm_quantize.impl("cpu", when=lambda x, *rest: native.takes(x))
@@ -58,8 +57,7 @@ def norm_then_split_quantize(
     symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The norm, then the split of whichever kernel takes it."""
-    args = (norm.normalize(x, weight, bias, eps, offset, mode), capacity, threshold, symmetric)
-    return split_quantize_dynamic.choose("cpu", args).function(*args)
+    return split_rows(norm.normalize(x, weight, bias, eps, offset, mode), capacity, threshold, symmetric)
 
 
 @norm.add_norm_quantize_dynamic.impl("cpu")

@@ -6,11 +6,14 @@ around it works on rows; left to the fusion, every kernel near it would recomput
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lowering.cpu import native
 from lowering.ops import quantize
+from lowering.registry import Op
 
 for _op in (
     quantize.quantize_per_token,
@@ -86,8 +89,19 @@ def native_split_quantize_dynamic(
     return native.split_quantize_dynamic(x.contiguous(), capacity, threshold, symmetric)
 
 
-def native_rows(x: Tensor, columns: Tensor | None, symmetric: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Quantized rows and their outliers, for the ops that end in it."""
+def quantize_rows(x: Tensor, columns: Tensor | None, symmetric: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes, scale, zero point and outliers of rows, by whichever kernel takes them: for the ops that end in it."""
     if columns is None:
-        return (*native_quantize_per_token(x, symmetric), x.new_empty((*x.shape[:-1], 0)))
-    return native_split_quantize(x, columns, symmetric)
+        return (*_chosen(quantize.quantize_per_token, x, symmetric), x.new_empty((*x.shape[:-1], 0)))
+    return _chosen(quantize.split_quantize, x, columns, symmetric)
+
+
+def split_rows(
+    x: Tensor, capacity: int, threshold: float, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`split_quantize_dynamic` by whichever kernel takes `x`."""
+    return _chosen(quantize.split_quantize_dynamic, x, capacity, threshold, symmetric)
+
+
+def _chosen(op: Op, *args: Any) -> Any:
+    return op.choose("cpu", args).function(*args)

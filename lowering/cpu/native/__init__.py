@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowering.ops import act, linear, quantize
+from lowering.ops import act, attention, linear, quantize
 
 NAMESPACE = "int8pass_cpu"
 # Sums of products of two bytes overflow int32 beyond this many input channels.
@@ -124,10 +124,15 @@ def use_tiles(on: bool) -> bool:
     return bool(ctypes.CDLL(str(library())).int8pass_use_tiles(int(on)))
 
 
-def _operator(reference: Callable[..., Any], fake: Callable[..., Any]) -> torch._ops.OpOverload:
+def has_tiles() -> bool:
+    """Whether AMX multiplies: the processor has it, the system gave it, and the kernels are loaded."""
+    return refusal() is None and bool(ctypes.CDLL(str(library())).int8pass_has_tiles())
+
+
+def _operator(reference: Callable[..., Any], fake: Callable[..., Any], *tags: torch.Tag) -> torch._ops.OpOverload:
     """Define `int8pass_cpu::<name>` with the schema of an op's reference; the loaded library implements it."""
-    name = reference.__name__
-    _LIBRARY.define(name + torch.library.infer_schema(reference, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
+    name, tags = reference.__name__, (torch.Tag.pt2_compliant_tag, *tags)
+    _LIBRARY.define(name + torch.library.infer_schema(reference, mutates_args=()), tags=tags)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
@@ -158,11 +163,19 @@ def _gated_product(codes: Tensor, scale: Tensor, zero_point: Tensor | None, weig
     return codes.new_empty((*codes.shape[:-1], weight.shape[0] // 2), dtype=rest[-2])
 
 
+def _attended(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+    batch, heads, queries, _ = query.shape
+    return query.new_empty((batch, queries, heads, value.shape[-1]))
+
+
 quantize_per_token = _operator(quantize.quantize_per_token.reference, lambda x, symmetric: _quantized(x))
 split_quantize = _operator(quantize.split_quantize.reference, _split)
 split_quantize_dynamic = _operator(quantize.split_quantize_dynamic.reference, _split_dynamic)
 linear_w8a8 = _operator(linear.linear_w8a8.reference, _product)
 gated_linear = _operator(act.gated_linear, _gated_product)
+# Of [batch, query, head, channel], as the output projection wants them. Inputs may have any layout: one that is asked
+# for makes Inductor copy a mask, by computing it anew, for every layer.
+attend = _operator(attention.attention.reference, _attended, torch.Tag.flexible_layout)
 linear_w8a16 = _operator(
     linear.linear_w8a16.reference, lambda x, weight, *rest: x.new_empty((*x.shape[:-1], weight.shape[0]))
 )

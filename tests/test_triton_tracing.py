@@ -1,0 +1,122 @@
+"""The Triton kernels without a GPU: traced as Inductor traces them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton", reason="the kernels need Triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("interpreted kernels can be neither traced nor compiled", allow_module_level=True)
+
+from sm90 import SM90  # noqa: E402
+from torch._dynamo.source import ConstantSource  # noqa: E402
+from torch._functorch.aot_autograd import aot_module_simplified  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.fx.experimental.symbolic_shapes import (  # noqa: E402
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from lowering.registry import Op, Sample, all_ops  # noqa: E402
+
+
+class _OfflineDriver:
+    """Tells Triton the target, which is all that torch's analysis of a kernel's writes asks for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return SM90
+
+
+@pytest.fixture
+def offline_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(triton.runtime.driver, "_active", _OfflineDriver())
+
+
+WITH_ROWS = [op for op in all_ops().values() if not op.name.startswith("dequantize_weight")]
+
+
+def traced_samples() -> list[Any]:
+    """The first sample of every op; of those that search for columns one with a threshold too."""
+    found = []
+    for op in WITH_ROWS:
+        fit = [s for s in op.samples(torch.device("cpu")) if not {0, 1} & {*s.args[0].shape}]
+        above = [s for s in fit if op.name.endswith("_dynamic") and s.args[-1 - (not op.name.startswith("out"))] > 0]
+        found += [
+            pytest.param(op, s, id=f"{op.name}-{s.label}") for s in {id(s): s for s in [fit[0], *above[:1]]}.values()
+        ]
+    return found
+
+
+@pytest.mark.usefixtures("offline_driver")
+@pytest.mark.parametrize(("op", "sample"), traced_samples())
+def test_traces_with_symbolic_rows(op: Op, sample: Sample) -> None:
+    """AOTAutograd sees through every implementation: a symbolic number of rows stays so, only results are written."""
+    lead = sample.args[0].shape[:-1]
+    graph, env = torch.fx.Graph(), ShapeEnv()
+    mode = FakeTensorMode(shape_env=env)
+    nodes, args = [], []
+    for i, value in enumerate(sample.args):
+        if isinstance(value, Tensor):
+            by_row = value.dim() >= 2 and value.shape[:-1] == lead and value.shape[-1] != lead[0]
+            rows = DimDynamic.DUCK if by_row else DimDynamic.STATIC  # equal sizes are one symbol
+            sizes = [rows] * (value.dim() - 1) + [DimDynamic.STATIC] * min(1, value.dim())
+            args.append(
+                mode.from_tensor(
+                    value.contiguous(),
+                    source=ConstantSource(f"argument{i}"),
+                    symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes),
+                )
+            )
+            nodes.append(graph.placeholder(f"argument{i}"))
+        else:
+            args.append(value)
+            nodes.append(value)
+    chosen = op.choose("triton", tuple(args))
+    result = graph.call_function(chosen.function, tuple(nodes))
+    graph.output(result if isinstance(op.reference(*sample.args), tuple) else (result,))
+    traced: list[torch.fx.GraphModule] = []
+
+    def keep(module: torch.fx.GraphModule, _: Any) -> Any:
+        traced.append(module)
+        return module.forward
+
+    fakes = [a for a in args if isinstance(a, Tensor)]
+    aot_module_simplified(torch.fx.GraphModule({}, graph), fakes, fw_compiler=keep)
+    assert not env.guards, [str(guard.expr) for guard in env.guards]
+    kernels = [n for n in traced[0].graph.nodes if "triton_kernel" in str(n.target)]
+    if chosen.function is op.reference:
+        assert not kernels
+        return
+    assert kernels
+    results = {
+        "bits", "extent", "out", "hidden", "codes", "scale", "zero_point", "outliers", "marks", "columns", "overflow",
+    }  # fmt: skip
+    for node in kernels:
+        one_program = "marks" in node.kwargs["tensors_to_clone"]  # the choice of columns, whatever the rows
+        assert one_program or isinstance(node.kwargs["grid"][0][0], torch.fx.Node), "the grid was specialized"
+        written = set(node.kwargs["tensors_to_clone"])
+        inputs = {name for name, value in node.kwargs["kwargs"].items() if isinstance(value, torch.fx.Node)}
+        assert written <= results & inputs
+
+
+def test_a_tile_is_chosen_from_the_hint_without_a_guard() -> None:
+    from lowering.triton.launch import UNKNOWN_ROWS, expected_rows
+
+    env = ShapeEnv()
+    mode = FakeTensorMode(shape_env=env)
+    x = mode.from_tensor(
+        torch.empty(48, 8),
+        source=ConstantSource("x"),
+        symbolic_context=StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC]),
+    )
+    assert expected_rows(x.shape[0]) == 48
+    assert expected_rows(env.create_unbacked_symint()) == UNKNOWN_ROWS
+    assert expected_rows(3) == 3
+    assert not env.guards
