@@ -13,6 +13,8 @@ def simplify(model: ir.Model, unsigned: bool) -> None:
     """All of them; sums only where x86 kernels will run (`unsigned`): TensorRT has no Sum."""
     constant_reshapes(model)
     mask_in_row_scale(model)
+    drop_key_biases(model)
+    values_after_softmax(model)
     if unsigned:
         split_adds(model)
     passes.RemoveUnusedNodesPass()(model)
@@ -22,8 +24,7 @@ def split_adds(model: ir.Model) -> int:
     """`LayerNormalization(Add(a, b))` and `Gelu(Add(a, b))` ⇒ the same of `Sum(a, b)`; returns how many.
 
     ONNX Runtime (1.31) fuses the first into SkipLayerNormalization, whose CPU kernel takes several times as long as
-    the two ops, and the second into BiasGelu, which takes a fifth longer. A bias that was added before is one more
-    operand: `Sum(product, b, bias)`.
+    the two ops, and the second into BiasGelu, which takes a fifth longer.
     """
     count = 0
     for node in list(model.graph):
@@ -34,25 +35,9 @@ def split_adds(model: ir.Model) -> int:
             continue
         if node.op_type != "Gelu" and any(constant_of(v) is not None for v in add.inputs):
             continue
-        put_in_place(model, add, ir.Node("", "Sum", _terms(add), name=add.name))
+        put_in_place(model, add, ir.Node("", "Sum", list(add.inputs), name=add.name))
         count += 1
     return count
-
-
-def _terms(add: ir.Node) -> list[ir.Value | None]:
-    """What an Add adds up, biases last; the sum of a linear and its bias that nothing else reads is two of them."""
-    terms: list[ir.Value | None] = []
-    biases: list[ir.Value | None] = []
-    for value in add.inputs:
-        made = value.producer() if value is not None else None
-        parts = [value]
-        if made is not None and made.op_type == "Add" and len(made.outputs[0].uses()) == 1:
-            constants = [v for v in made.inputs if constant_of(v) is not None]
-            if len(constants) == 1 and not made.outputs[0].is_graph_output():
-                parts = [v for v in made.inputs if v is not constants[0]]
-                biases += constants
-        terms += parts
-    return terms + biases
 
 
 def constant_reshapes(model: ir.Model) -> int:
@@ -168,3 +153,58 @@ def _only_reader(node: ir.Node | None, kind: str) -> ir.Node | None:
         return None
     users = [user for user, _ in node.outputs[0].uses()]
     return users[0] if len(users) == 1 and users[0].op_type == kind else None
+
+
+def drop_key_biases(model: ir.Model) -> int:
+    """`softmax(q (k + b)ᵀ · scale + mask)` ⇒ `softmax(q kᵀ · scale + mask)`; returns how many.
+
+    q · b is one number for a whole row of scores, which softmax takes no notice of.
+    """
+    count = 0
+    for node in list(model.graph):
+        biases = [v for v in node.inputs if constant_of(v) is not None] if node.op_type == "Add" else []
+        if len(biases) != 1 or constant_of(biases[0]).numpy().ndim != 1 or not _is_key(node):  # type: ignore[union-attr]
+            continue
+        product = next(v for v in node.inputs if v is not biases[0])
+        ir.convenience.replace_all_uses_with(node.outputs[0], product)
+        model.graph.remove(node, safe=True)
+        count += 1
+    return count
+
+
+def _is_key(node: ir.Node) -> bool:
+    """Whether `[B, S, H·D]` is split into heads, turned to `[B, H, D, S]`, and makes scores that only softmax reads."""
+    split = _only_reader(node, "Reshape")
+    if split is None or split.outputs[0].shape is None or len(split.outputs[0].shape) != 4:
+        return False
+    axes, last = [0, 1, 2, 3], split
+    while (turned := _only_reader(last, "Transpose")) is not None:
+        axes, last = [axes[i] for i in turned.attributes["perm"].as_ints()], turned
+    scores = _only_reader(last, "MatMul")
+    if scores is None or axes != [0, 2, 3, 1] or scores.inputs[1] is not last.outputs[0]:
+        return False
+    scaled = _only_reader(scores, "Mul")
+    if scaled is not None and any(constant_of(v) is not None and v.shape.rank() == 0 for v in scaled.inputs if v):
+        scores = scaled
+    softmax = _only_reader(_only_reader(scores, "Add") or scores, "Softmax")
+    return softmax is not None and "axis" in softmax.attributes and softmax.attributes["axis"].as_int() in {-1, 3}
+
+
+def values_after_softmax(model: ir.Model) -> int:
+    """The last op on attention's values ⇒ right before the product that reads them; returns how many. Order only.
+
+    Of two operands ONNX Runtime (1.31) computes first the one whose node comes later in the file. The product that
+    makes values then runs next to those of queries and keys, while what it reads is in the cache.
+    """
+    count = 0
+    for node in list(model.graph):
+        made = [v.producer() if v is not None else None for v in node.inputs]
+        if node.op_type != "MatMul" or None in made or made[0].op_type != "Softmax":  # type: ignore[union-attr]
+            continue
+        values = made[1]
+        if values is None or _only_reader(values, "MatMul") is not node:
+            continue
+        model.graph.remove(values)
+        model.graph.insert_before(node, values)
+        count += 1
+    return count
