@@ -25,7 +25,7 @@ from int8pass.graph.pattern import op_name
 from int8pass.masks import simplify_masks
 from int8pass.match import module_path, source_line
 from int8pass.pipeline import Facts
-from int8pass.quantize import pack_weight
+from int8pass.quantize import pack_rounded, pack_weight
 from int8pass.recipe import Recipe
 
 
@@ -134,7 +134,7 @@ def _subgraphs(program: Program) -> nn.Module:
 
 def _name(constant: Constant) -> str:
     """What a constant is called in the file: `layers.0.q_proj.weight_int8` and `…weight_scale` for a packed weight."""
-    if constant.compute is pack_weight:
+    if constant.compute in {pack_weight, pack_rounded}:
         path = constant.label.removesuffix("_1").removesuffix(".int8")
         return f"{path}.weight_scale" if constant.output else f"{path}.weight_int8"
     return constant.label
