@@ -134,7 +134,7 @@ def _subgraphs(program: Program) -> nn.Module:
 
 def _name(constant: Constant) -> str:
     """What a constant is called in the file: `layers.0.q_proj.weight_int8` and `…weight_scale` for a packed weight."""
-    if constant.compute in {pack_weight, pack_rounded}:
+    if constant.compute in (pack_weight, pack_rounded):
         path = constant.label.removesuffix("_1").removesuffix(".int8")
         return f"{path}.weight_scale" if constant.output else f"{path}.weight_int8"
     return constant.label

@@ -64,7 +64,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 def test_names_and_alphas_are_those_of_the_calibration(case: Case) -> None:
-    ranges = ", static range" if case.recipe.scheme.activations == "static" else ""
+    ranges = ", static range, gptq" if case.recipe.scheme.activations == "static" else ""
     assert f"w8a8 affine{ranges}, 4 sites calibrated)" in case.report.recipe
     for site in case.report.sites:
         assert site.scheme == f"w8a8 affine{ranges}"
