@@ -27,7 +27,7 @@ CALIBRATION = slice(100, 104)  # windows that the evaluation does not see
 LENGTH = 128
 EVALUATION = 4
 """Windows of text, the first ones, that errors are taken on."""
-MINILM = ("w8a8", "default", "smoothquant-o3")
+MINILM = ("w8a8", "w8a8-asymmetric", "default", "smoothquant-o3")
 ONLY = {"op_types_to_quantize": ["MatMul", "Gemm"], "per_channel": True}
 
 

@@ -22,6 +22,7 @@ from int8pass.errors import UnsupportedError
 from int8pass.fuse import fuse_linears
 from int8pass.graph.constants import Constant, Store
 from int8pass.graph.pattern import op_name
+from int8pass.masks import simplify_masks
 from int8pass.match import module_path, source_line
 from int8pass.pipeline import Facts
 from int8pass.quantize import pack_rounded, pack_weight
@@ -37,6 +38,7 @@ def to_portable(exported: ExportedProgram, recipe: Recipe) -> tuple[ExportedProg
     program = from_export(exported)
     facts = pipeline.to_portable(program, recipe)
     fuse_linears(program)
+    simplify_masks(program)
     _require_float32(program)
     _refuse_groups(program)
     return _repacked(exported, program), facts

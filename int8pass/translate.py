@@ -31,7 +31,7 @@ def to_onnx(portable: ExportedProgram, target: str) -> ir.Model:
         UnsupportedError: an op of the model has no ONNX translation in torch; names module and line.
     """
     import lowering.onnx
-    from int8pass.qdq import rewrite
+    from int8pass.qdq import rewrite, simplify
 
     opset = OPSETS[target]
     try:
@@ -51,6 +51,7 @@ def to_onnx(portable: ExportedProgram, target: str) -> ir.Model:
     for value, node in zip(made.model.graph.inputs, (n for n in tensors if isinstance(n.meta.get("val"), Tensor))):
         value.name = node.name
     rewrite.prepare(made.model, unsigned=target != "tensorrt")
+    simplify.simplify(made.model, unsigned=target != "tensorrt")
     return made.model
 
 

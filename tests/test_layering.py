@@ -29,7 +29,7 @@ ALLOWED = {
 }
 _STAGE = ("int8pass.graph", "int8pass.capture", "int8pass.errors", "int8pass.recipe", "int8pass.match",
           "lowering.ops", "lowering.numerics")  # fmt: skip
-for _name in ("normalize", "match", "folds", "quantize", "attention"):
+for _name in ("normalize", "match", "folds", "quantize", "attention", "masks"):
     ALLOWED[f"int8pass.{_name}"] = _STAGE
 ALLOWED["int8pass.fuse"] = (*_STAGE, "int8pass.attention")
 ALLOWED["int8pass.smooth"] = (*_STAGE, "int8pass.folds")

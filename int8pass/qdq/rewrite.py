@@ -31,36 +31,14 @@ def prepare(model: ir.Model, unsigned: bool) -> None:
         unsigned_activations(model)
         relu_as_max(model)
         fix_biases(model)  # TensorRT wants biases in float
-        split_adds(model)
     passes.RemoveUnusedNodesPass()(model)
 
 
-def split_adds(model: ir.Model) -> int:
-    """`LayerNormalization(Add(a, b))` and `Gelu(Add(a, b))` ⇒ the same of `Sum(a, b)`; returns how many.
-
-    ONNX Runtime (1.31) fuses the first into SkipLayerNormalization, whose CPU kernel takes several times as long as
-    the two ops, and the second into BiasGelu, which takes a fifth longer.
-    """
-    count = 0
-    for node in list(model.graph):
-        if node.op_type not in {"LayerNormalization", "Gelu"} or node.inputs[0] is None:
-            continue
-        add = node.inputs[0].producer()
-        if add is None or add.op_type != "Add" or add.outputs[0].is_graph_output():
-            continue
-        if node.op_type != "Gelu" and any(constant_of(v) is not None for v in add.inputs):
-            continue
-        total = ir.Node("", "Sum", list(add.inputs), name=add.name)
-        _put_in_place(model, add, total)
-        count += 1
-    return count
-
-
-def _put_in_place(model: ir.Model, old: ir.Node, new: ir.Node) -> None:
+def put_in_place(model: ir.Model, old: ir.Node, new: ir.Node) -> None:
     """Let `new` be what `old`, a node of one output, is in the graph: its value, name and metadata."""
     value, result = old.outputs[0], new.outputs[0]
     new.metadata_props.update(old.metadata_props)
-    result.name, result.dtype, result.shape = value.name, value.dtype, value.shape
+    result.name, result.type, result.shape = value.name, value.type, value.shape
     model.graph.insert_before(old, new)
     ir.convenience.replace_all_uses_with(value, result)
     model.graph.remove(old, safe=True)
@@ -77,7 +55,7 @@ def relu_as_max(model: ir.Model) -> int:
             continue
         zero = initializer(model, "zero", np.zeros((), np.float32))
         largest = ir.Node("", "Max", [relu.inputs[0], zero], name=relu.name)
-        _put_in_place(model, relu, largest)
+        put_in_place(model, relu, largest)
         count += 1
     return count
 

@@ -69,9 +69,7 @@ def row_factor(codes, scale):
 @ops.quantize_per_token.impl("onnx")
 def quantize_per_token(x, symmetric):
     if symmetric:
-        # Two reductions read x; Abs would write as much again, and took longer in both runtimes.
-        low, high = op.ReduceMin(x, i64(-1), keepdims=1), op.ReduceMax(x, i64(-1), keepdims=1)
-        absmax = op.Max(high, op.Neg(low), f32(SMALLEST_ABSMAX))
+        absmax = _row_absmax(x)
         codes = to_codes(op.Mul(x, op.Reciprocal(absmax)), step=1.0 / INT8_MAX)
         scale = op.Mul(absmax, codes.producer().inputs[1])  # unread where the product is multiplied by absmax
         return codes, scale, op.Cast(op.Mul(scale, f32(0.0)), to=INT32)
@@ -83,6 +81,24 @@ def quantize_per_token(x, symmetric):
     # Rounded once, after the zero point is added: another code than the reference's only at a tie.
     codes = to_codes(op.Add(op.Mul(x, inverse), zero_point))
     return codes, scale, op.Cast(zero_point, to=INT32)
+
+
+LOWEST_OF = {"Gelu": -0.1701, "Relu": 0.0}
+"""No result of these ops is less. Gelu's minimum is -0.16997, -0.17004 where it is computed by tanh."""
+
+
+def _row_absmax(x):
+    """The largest absolute value of each row, at least SMALLEST_ABSMAX: `[..., 1]`.
+
+    Two reductions read x; Abs would write as much again, and took longer in OpenVINO. Where x cannot be far below zero
+    one will do: its bound counts as a value of the row, which changes codes only in rows with nothing above 0.17.
+    """
+    made = x.producer()
+    high = op.ReduceMax(x, i64(-1), keepdims=1)
+    if made is not None and made.op_type in LOWEST_OF:
+        return op.Max(high, f32(max(-LOWEST_OF[made.op_type], SMALLEST_ABSMAX)))
+    # Beside any other value SMALLEST_ABSMAX is lost in the difference; a third operand of Max would cost more.
+    return op.Max(high, op.Sub(f32(SMALLEST_ABSMAX), op.ReduceMin(x, i64(-1), keepdims=1)))
 
 
 def _per_row(x, value):
