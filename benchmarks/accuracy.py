@@ -78,6 +78,16 @@ SCHEMES = (
     Scheme("smoothquant-o2 + 32 columns", split("smoothquant-o2"), 32),
     Scheme("smoothquant-o3, weights to nearest", preset("smoothquant-o3", rounding="nearest")),
     Scheme("smoothquant-o2, weights to nearest", preset("smoothquant-o2", rounding="nearest")),
+    Scheme(
+        "smoothquant-o3 + 32 columns, weights to nearest",
+        preset("smoothquant-o3", outliers="static", rounding="nearest"),
+        32,
+    ),
+    Scheme(
+        "smoothquant-o2 + 32 columns, weights to nearest",
+        preset("smoothquant-o2", outliers="static", rounding="nearest"),
+        32,
+    ),
     Scheme("smoothquant-o2, range of the call alone", preset("smoothquant-o2", clipping="minmax")),
     Scheme("llm.int8", preset("llm.int8"), calibrated=False),
     Scheme("w8a8", preset("w8a8"), calibrated=False),
