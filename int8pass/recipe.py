@@ -171,7 +171,7 @@ PRESETS: Mapping[str, Scheme] = MappingProxyType(
         "smoothquant-o1": _SMOOTHQUANT,
         "smoothquant-o2": dataclasses.replace(_PER_TENSOR, activations="per_tensor"),
         "smoothquant-o3": dataclasses.replace(_PER_TENSOR, activations="static"),
-        "outlier-columns": Scheme(outliers="static", smoothing="calibrated", capacity=64),
+        "outlier-columns": Scheme(outliers="static", smoothing="calibrated"),
         "auto": Scheme(outliers="static", smoothing="calibrated", alpha=None),
     }
 )

@@ -82,8 +82,11 @@ def test_batches_of_every_form_say_the_same() -> None:
     assert recipes[0] == recipes[1] == recipes[2] == recipes[3]
 
 
-def test_columns_default_to_the_capacity_and_stay_within_the_width() -> None:
-    assert all(len(s.columns) == WIDTH for s in int8pass.calibrate(model(), BATCHES[:1]).sites.values())
+def test_columns_default_to_a_share_of_the_channels_or_the_capacity() -> None:
+    found = int8pass.calibrate(model(), BATCHES[:1]).sites.values()
+    assert all(len(s.columns) == min(16, WIDTH) for s in found), "a twelfth, and never less than 16"
+    everything = int8pass.calibrate(model(), BATCHES[:1], columns=10 * WIDTH).sites["up"]
+    assert len(everything.columns) == WIDTH
     recipe = Recipe(scheme=int8pass.Scheme(capacity=5, outliers="static"))
     assert all(len(s.columns) == 5 for s in int8pass.calibrate(model(), BATCHES[:1], recipe).sites.values())
 

@@ -53,8 +53,9 @@ def calibrate(
             it measures the choices, and the others set the ranges. With torch.distributed, every process gives its own
             batches, and all get the same recipe.
         recipe: what to start from: a preset name, a `Recipe` or the path of one. Its schemes say what is done.
-        columns: float columns per site with `outliers="static"` (default: the scheme's capacity, or 64 at most); where
-            one range serves a whole tensor and α is searched, on average: a site gets more, fewer or none. "auto"
+        columns: float columns per site with `outliers="static"` (default: the scheme's capacity, or a twelfth of the
+            site's channels, 16 to 128). Where one range serves a whole tensor and α is searched, on average (default
+            64): a site gets more, fewer or none. "auto"
             with a number of columns has no budget: it smooths every site and gives it that many.
         cost: choose {leave, smooth, split, both, keep 16-bit} for every site such that all together cost at most this
             multiple of plain int8 (`int8pass.calibration.budget`); 1.1 for the preset "auto".
@@ -186,11 +187,13 @@ class _Work:
         statistics = self._statistics[info.name]
         return Trial(self._samples[info.name], info.weights, scheme, statistics, info.channels)
 
-    def _count(self, scheme: Scheme, width: int) -> int:
-        """Columns of a site."""
+    def _count(self, scheme: Scheme, width: int, default: int | None = None) -> int:
+        """Columns of a site. By default a share of the channels: at equal cost, the inputs of wide sites, where most of
+        the error is, get more of them than with one number for all."""
         if scheme.outliers != "static":
             return 0
-        return min(width, self._columns or scheme.capacity or 64)
+        share = max(16, min(128, round(width / 12 / 8) * 8))
+        return min(width, self._columns or scheme.capacity or default or share)
 
     def each(self, sites: Mapping[str, SiteInfo]) -> dict[str, SiteSettings]:
         """Every site by its own scheme; columns that are searched with ranges for whole tensors go where they save
@@ -200,10 +203,11 @@ class _Work:
         for done, info in enumerate(sites.values()):
             self._progress("choose", done, len(sites))
             scheme = self._scheme(info.name)
-            trial, count = self._trial(info, scheme), self._count(scheme, info.width)
-            if count and scheme.alpha is None and scheme.activations in {"static", "per_tensor"}:
-                shared.setdefault(count, {})[info.name] = _by_count(trial, count)
+            trial, average = self._trial(info, scheme), self._count(scheme, info.width, 64)
+            if average and scheme.alpha is None and scheme.activations in {"static", "per_tensor"}:
+                shared.setdefault(average, {})[info.name] = _by_count(trial, average)
             else:
+                count = self._count(scheme, info.width)
                 settings[info.name] = self._settings(info.name, trial.best(trial.smoothings(), count), scheme)
         for count, options in shared.items():
             for name, choice in budget.allotted(options, count).items():
