@@ -135,8 +135,8 @@ def test_calibrate_reads_a_text_and_diff_shows_what_it_changed(folder, tmp_path)
     result = invoke("diff", *paths)
     assert result.exit_code == 1
     assert "activations: per_token → static" in result.stdout
-    assert "columns: 32 removed, 0 added, 0 now" in result.stdout
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["first.json", "mine.txt", "second.json"]
+    assert "columns: 16 removed, 0 added, 0 now" in result.stdout
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["first.json", "mine.txt", "second.json", "second.json.pt"]
 
 
 @pytest.mark.slow

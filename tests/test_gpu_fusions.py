@@ -93,6 +93,6 @@ def test_a_constant_argument_is_prepacked_once(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(split_quantize, "implementations", [mine])
     result = run_pass(model, x, recipe)
     assert result.facts[0].implementations["split_quantize", "cpu:mine"] >= 1
-    assert set(calls) == {64}
+    assert set(calls) == {64, 96}  # the second by what the gated linear chooses for its result
     assert torch.equal(result.output, expected)
     assert lower.TARGETS["cuda"] == "triton"

@@ -369,4 +369,4 @@ def test_what_a_massive_token_does_to_the_others_errors() -> None:
         Trial(x, [torch.ones(16, 32)], Scheme(activations=a, smoothing="none", outliers="none"), of(x), None)._norm  # type: ignore[arg-type]
         for a in ("per_token", "static")
     ]
-    assert norms[0][1:].min() > 10 * norms[1][1:].max()
+    assert norms[0][1:].median() > 10 * norms[1][1:].median()

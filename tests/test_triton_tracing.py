@@ -23,6 +23,7 @@ from torch.fx.experimental.symbolic_shapes import (  # noqa: E402
 )
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
+import lowering.triton  # noqa: E402, F401
 from lowering.registry import Op, Sample, all_ops  # noqa: E402
 
 
@@ -39,7 +40,8 @@ def offline_driver(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(triton.runtime.driver, "_active", _OfflineDriver())
 
 
-WITH_ROWS = [op for op in all_ops().values() if not op.name.startswith("dequantize_weight")]
+# Of weights, and of attention, no axis but the last is one of rows.
+WITH_ROWS = [op for op in all_ops().values() if not op.name.startswith(("dequantize_weight", "attention"))]
 
 
 def traced_samples() -> list[Any]:

@@ -6,6 +6,7 @@ around it works on rows; left to the fusion, every kernel near it would recomput
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -104,4 +105,10 @@ def split_rows(
 
 
 def _chosen(op: Op, *args: Any) -> Any:
-    return op.choose("cpu", args).function(*args)
+    """The result of the implementation that takes these arguments; nothing in them was made for it in advance."""
+    chosen = op.choose("cpu", args)
+    if chosen.prepack is not None:
+        position = list(inspect.signature(op.reference).parameters).index(chosen.prepack.parameter)
+        packed = chosen.prepack.compute(args[position], *chosen.prepack.options(*args))
+        args = (*args[:position], packed, *args[position + 1 :])
+    return chosen.function(*args)
