@@ -125,7 +125,7 @@ def speed() -> dict[str, Any]:
         for name, dtype, backend in forms:
             function = models[dtype] if backend is None else torch.compile(models[dtype], backend=backend)
             calls[name] = _frozen_call(function, ids, result, f"{case}, {name}", backend is not None)
-        for name, milliseconds in _interleaved(calls, 8, 3 if length > 1 else 32).items():
+        for name, milliseconds in _interleaved(calls, 6, 3 if length > 1 else 32).items():
             result[f"{case}, {name} ms"] = round(milliseconds, 2)
     return result
 
