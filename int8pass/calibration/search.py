@@ -1,9 +1,9 @@
 """Choices of one site, by the error they leave in its output on data that did not set its ranges. Mostly arrays.
 
-The error of a choice is Σ ‖ŷ_t - y_t‖² / (‖y_t‖² + e) over a sample of tokens: neither a massive token nor one that
-is nearly zero decides alone. Where one range serves all tokens, e = median ‖y‖²: with the mean, one massive token would
-make the errors of all others vanish. With a range per token it has no part in them, and e = mean ‖y‖²: the median
-doubled the divergence of O1 on SmolLM2 (5.7 to 11.7 thousandths of a nat).
+The error of a choice is the mean of ‖ŷ_t - y_t‖² / (‖y_t‖² + e) over tokens, as a sample knows it: neither a massive
+token nor one that is nearly zero decides alone. Where one range serves all tokens, e is the median of ‖y‖²: with the
+mean, one massive token would make the errors of all others vanish. With a range per token it has no part in them, and e
+is the mean: the median doubled the divergence of O1 on SmolLM2 (5.7 to 11.7 thousandths of a nat).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from int8pass.calibration.observe import Sample
 from int8pass.calibration.smoothing import column_absmax, column_mean, exponents, grouped, outlier_exponents
 from int8pass.calibration.statistics import ChannelStatistics
 from int8pass.recipe import Scheme
@@ -46,23 +47,25 @@ class Trial:
 
     def __init__(
         self,
-        sample: Tensor,
+        sample: Sample,
         weights: Sequence[Tensor],
         scheme: Scheme,
         statistics: ChannelStatistics,
         channels: tuple[int, ...] | None,
     ) -> None:
-        self.x = sample.float()
-        self.weights = [_some_rows(w).to(sample.device) for w in weights]
+        self.x = sample.rows
+        self.weights = [_some_rows(w).to(self.x.device) for w in weights]
         self.scheme, self.statistics, self.channels = scheme, statistics, channels
         self._weight_statistic = column_mean(weights) if scheme.statistic == "mean" else column_absmax(weights)
         self._exact = [self.x @ w.t() for w in self.weights]
         energy = sum(y.square().sum(1) for y in self._exact)
         assert isinstance(energy, Tensor)
+        share = sample.weights / sample.weights.sum()
+        mean = (energy * share).sum()
         one_range = scheme.activations != "per_token"
         # Where most outputs are zero (after a ReLU, say) the median says nothing.
-        typical = torch.maximum(energy.median(), 1e-3 * energy.mean()) if one_range else energy.mean()
-        self._norm = energy + typical.clamp_min(1e-30)
+        typical = torch.maximum(_median(energy, share), 1e-3 * mean) if one_range else mean
+        self._token = share / (energy + typical.clamp_min(1e-30))  # what an error counts
         self._taken: dict[int, tuple[Tensor, list[int]]] = {}  # by a vector's identity, with the vector
 
     def exponents(self, statistic: str, alpha: float | None) -> Tensor:
@@ -99,7 +102,7 @@ class Trial:
         for limits in ranges:
             inner = fake_quantize(x, self.scheme, limits)
             total = torch.stack([(inner @ weight - wanted).square().sum(1) for weight, wanted in products]).sum(0)
-            found.append((total / self._norm).mean())
+            found.append((total * self._token).sum())
         return [float(error) for error in torch.stack(found).tolist()]
 
     def tried(self, choice: Choice) -> Choice:
@@ -147,12 +150,11 @@ class Trial:
     def _take(self, s: Tensor, taken: list[int], count: int) -> None:
         """Add columns to `taken`, in the order of the error they cause, until there are `count` or all."""
         x, weight = self.x / s, torch.cat(self.weights) * s
-        token = 1.0 / self._norm
         absmax = self.statistics.absmax.to(s.device).float() / s
-        active = (x.square() * token[:, None]).sum(0)  # of each column
+        active = (x.square() * self._token[:, None]).sum(0)  # of each column
         norms = weight.square().sum(0)
         magnitudes = weight.abs_()
-        unit = token.sum() / (12 * 127**2)
+        unit = self._token.sum() / (12 * 127**2)
         while len(taken) < min(count, absmax.numel()):
             for gone in (absmax, active, norms):
                 gone[taken] = 0.0
@@ -229,6 +231,12 @@ def fake_quantize_weight(weight: Tensor, scheme: Scheme) -> Tensor:
     quantize = numerics.quantize_weight if scheme.weights == "per_channel" else numerics.quantize_weight_per_tensor
     codes, scale = quantize(weight)
     return codes.float() * scale[:, None]
+
+
+def _median(values: Tensor, share: Tensor) -> Tensor:
+    """The value that half of the weight does not exceed."""
+    order = values.argsort()
+    return values[order[(share[order].cumsum(0) < 0.5).sum().clamp_max(len(order) - 1)]]
 
 
 def _some_rows(weight: Tensor) -> Tensor:
