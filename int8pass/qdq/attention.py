@@ -30,13 +30,13 @@ def rows_in_attention(model: ir.Model) -> int:
     for node in list(model.graph):
         if node.op_type != "Attention" or len(node.inputs) > 4 or len(node.outputs) != 1:
             continue
-        given, joined = [_rows_before(value) for value in node.inputs[:3]], _rows_after(node)
-        if None in given or joined is None:
+        splits, joined = [_split_before(value) for value in node.inputs[:3]], _rows_after(node)
+        if None in splits or joined is None:
             continue
-        for name, heads in zip(("q_num_heads", "kv_num_heads"), node.inputs):
-            node.attributes[name] = ir.AttrInt64(name, heads.shape[1])  # type: ignore[union-attr, index, arg-type]
-        for index, value in enumerate(given):
-            node.replace_input_with(index, value)
+        for name, split in zip(("q_num_heads", "kv_num_heads"), splits):
+            node.attributes[name] = ir.AttrInt64(name, split.outputs[0].shape[2])  # type: ignore[union-attr]
+        for index, split in enumerate(splits):
+            node.replace_input_with(index, split.inputs[0])  # type: ignore[union-attr]
         result = node.outputs[0]
         masked = _only_reader(node, "Mul")
         if masked is not None:
@@ -50,13 +50,15 @@ def rows_in_attention(model: ir.Model) -> int:
     return count
 
 
-def _rows_before(heads: ir.Value | None) -> ir.Value | None:
-    """The rows `[B, T, H·D]` that heads `[B, H, T, D]` are taken from; None where they are made otherwise."""
+def _split_before(heads: ir.Value | None) -> ir.Node | None:
+    """The Reshape that takes heads `[B, H, T, D]` from rows `[B, T, H·D]`; None where they are made otherwise."""
     turned = heads.producer() if heads is not None else None
-    split = turned.inputs[0].producer() if turned is not None and _turns_heads(turned) else None  # type: ignore[union-attr]
+    if turned is None or turned.inputs[0] is None or not _turns_heads(turned):
+        return None
+    split = turned.inputs[0].producer()
     if split is None or split.op_type != "Reshape" or not _same_rows(split.inputs[0], split.outputs[0]):
         return None
-    return split.inputs[0]
+    return split
 
 
 def _rows_after(attention: ir.Node) -> ir.Value | None:
