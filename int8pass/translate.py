@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 OPSETS = {"onnxruntime": 23, "openvino": 23, "tensorrt": 21, "portable": 23}
-"""RMSNormalization and Attention are one node from 23 on; TensorRT may be older."""
+"""RMSNormalization and Attention are one node from 23 on, which not every TensorRT reads."""
 
 
 def to_onnx(portable: ExportedProgram, target: str) -> ir.Model:

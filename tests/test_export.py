@@ -122,7 +122,7 @@ def test_tiny_products_stay_in_float_for_tensorrt(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "portable", "tensorrt"])
-@pytest.mark.parametrize("kind", ["bool", "float", "causal", "grouped", "padding", "none"])
+@pytest.mark.parametrize("kind", ["bool", "float", "causal", "grouped", "padding", "matrix", "one for all", "none"])
 def test_attention_of_every_mask(kind: str, target: str, tmp_path: Path) -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:
@@ -139,8 +139,9 @@ def test_attention_of_every_mask(kind: str, target: str, tmp_path: Path) -> None
             )  # fmt: skip
 
     torch.manual_seed(0)
-    mask = torch.rand(2, 1, 1 if kind == "padding" else 9, 9) > 0.4
-    mask[1, 0, 2 if kind != "padding" else 0] = False  # a row that sees nothing is 0
+    shape = {"padding": (2, 1, 1, 9), "matrix": (9, 9), "one for all": (1, 1, 9, 9)}.get(kind, (2, 1, 9, 9))
+    mask = torch.rand(shape) > 0.4
+    mask.view(-1, 9)[-7 if kind != "padding" else -1] = False  # a row that sees nothing is 0
     given = torch.where(mask, torch.randn(mask.shape), -torch.inf) if kind == "float" else mask
     model, x = Attention().eval(), torch.randn(2, 9, 64)
     made = int8pass.export_onnx(

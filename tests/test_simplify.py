@@ -89,6 +89,11 @@ def test_one_reduction_is_enough_after_gelu(exported: tuple[Encoder, Path]) -> N
     assert not any(made is not None and made.op_type == "Gelu" for made in reduced)
 
 
+def test_norms_gelu_and_attention_are_single_nodes(exported: tuple[Encoder, Path]) -> None:
+    found = counts(exported[1])
+    assert [found[name] for name in ("LayerNormalization", "Gelu", "Attention", "Softmax", "Erf")] == [2, 1, 1, 0, 0]
+
+
 def test_attention_takes_rows_and_gives_rows(exported: tuple[Encoder, Path]) -> None:
     model = ir.load(exported[1])
     (attention,) = (node for node in model.graph if node.op_type == "Attention")
