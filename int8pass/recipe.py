@@ -164,8 +164,10 @@ PRESETS: Mapping[str, Scheme] = MappingProxyType(
         "w8a8": _PLAIN,
         "w8a8-asymmetric": dataclasses.replace(_PLAIN, symmetric=False),
         "w8a16": dataclasses.replace(_PLAIN, activations="none"),
+        # Smoothed by gamma: the weights of columns found per call are read from int8 codes, not from a float copy as in
+        # the paper, and those that a large gamma made small would round to nothing.
         "llm.int8": dataclasses.replace(
-            _PLAIN, symmetric=False, outliers="threshold", capacity=64, one_row="weight_only"
+            _PLAIN, symmetric=False, outliers="threshold", capacity=64, smoothing="outliers", one_row="weight_only"
         ),
         "zeroquant": dataclasses.replace(_PLAIN, weights="group"),
         "smoothquant-o1": _SMOOTHQUANT,

@@ -132,7 +132,7 @@ CASES = {  # recipe → (scheme of the first site, columns, smoothing)
     "w8a8": ("w8a8 symmetric", 0, ""),
     "w8a8-asymmetric": ("w8a8 affine", 0, ""),
     "w8a16": ("w8a16", 0, ""),
-    "llm.int8": ("w8a8 affine, columns > 6", 32, ""),
+    "llm.int8": ("w8a8 affine, columns > 6", 32, "folded"),
     "zeroquant": ("w8a8 symmetric, groups of 128", 0, ""),
 }
 

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from int8pass.calibration import budget, clipping, search
+from int8pass.calibration import budget, clipping, observe, search
 from int8pass.calibration.clipping import Histogram
+from int8pass.calibration.observe import Sample
 from int8pass.calibration.rounding import gptq, hessian
 from int8pass.calibration.search import Choice, Trial
 from int8pass.calibration.smoothing import column_absmax, exponents, grouped
@@ -234,12 +235,51 @@ def test_a_tensor_of_zeros_has_limits() -> None:
 # -- choices
 
 
+def evenly(rows: torch.Tensor) -> Sample:
+    return Sample(rows, torch.ones(len(rows)))
+
+
 def trial(scheme: Scheme, hot: int = 4) -> Trial:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(600, 128, generator=generator)
     x[:, :hot] *= 40
     weights = [torch.randn(48, 128, generator=generator), torch.randn(16, 128, generator=generator)]
-    return Trial(x[400:], weights, scheme, of(x[:400]), None)
+    return Trial(evenly(x[400:]), weights, scheme, of(x[:400]), None)
+
+
+@given(tokens=st.integers(1, 700), each=st.integers(1, 64), extreme=st.integers(1, 16), seed=st.integers(0, 99))
+def test_a_sample_stands_for_all_tokens(tokens: int, each: int, extreme: int, seed: int) -> None:
+    rows = torch.randn(tokens, 8, generator=torch.Generator().manual_seed(seed))
+    absmax = rows.abs().amax(0) / 2
+    taken = observe._sample(rows, absmax, each, extreme)
+    assert float(taken.weights.sum()) == pytest.approx(tokens, rel=1e-4)
+    excess = (rows / absmax).abs().amax(1)
+    furthest = excess.topk(min(extreme, tokens // 4)).values
+    assert torch.equal((taken.rows / absmax).abs().amax(1)[: len(furthest)], furthest), "those come first, once"
+    assert len(taken.rows) <= each + extreme
+    assert all(bool((rows == row).all(1).any()) for row in taken.rows)
+
+
+def test_tokens_that_leave_their_ranges_count_for_what_they_are() -> None:
+    """One token in two hundred that a range clips: seen, with the weight it has, whatever is sampled evenly."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(800, 64, generator=generator)
+    held = x[400:].clone()
+    held[7::200] *= 8.0
+    static = Scheme(activations="static", smoothing="none", outliers="none", clipping="output")
+    seen = of(x[:400])
+    weights = [torch.randn(32, 64, generator=generator)]
+    drawn = observe._sample(held, seen.absmax.float(), 32, 8)
+    blind, seeing, exact = (
+        Trial(sample, weights, static, seen, None).best([Choice(torch.zeros(64, dtype=torch.float64))])
+        for sample in (evenly(held[::13]), drawn, evenly(held))
+    )
+    assert blind.limits is not None
+    assert exact.limits is not None
+    assert seeing.limits == exact.limits
+    assert blind.limits[1] < exact.limits[1]
+    assert seeing.error == pytest.approx(exact.error, rel=0.3)
+    assert blind.error < 0.5 * exact.error
 
 
 @pytest.mark.parametrize("activations", ["per_token", "per_tensor", "static"])
@@ -268,7 +308,9 @@ def test_a_call_may_be_capped_where_a_rare_token_would_set_the_range() -> None:
     x[::300] *= 3.0  # rare tokens a little out of line: clipping them costs less than their range
     weights = [torch.randn(48, 128, generator=generator)]
     capped, free = (
-        Trial(x[200:], weights, Scheme(activations="per_tensor", clipping=c, smoothing="none"), of(x[:400]), None)  # type: ignore[arg-type]
+        Trial(
+            evenly(x[200:]), weights, Scheme(activations="per_tensor", clipping=c, smoothing="none"), of(x[:400]), None
+        )  # type: ignore[arg-type]
         for c in ("output", "minmax")
     )
     found, other = (t.best(t.smoothings()) for t in (capped, free))
@@ -365,8 +407,10 @@ def test_what_a_massive_token_does_to_the_others_errors() -> None:
     """They count where one range serves all tokens; with a range per token they are small beside it."""
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
     x[0] *= 1000
-    norms = [
-        Trial(x, [torch.ones(16, 32)], Scheme(activations=a, smoothing="none", outliers="none"), of(x), None)._norm  # type: ignore[arg-type]
+    counted = [
+        Trial(
+            evenly(x), [torch.ones(16, 32)], Scheme(activations=a, smoothing="none", outliers="none"), of(x), None
+        )._token  # type: ignore[arg-type]
         for a in ("per_token", "static")
     ]
-    assert norms[0][1:].median() > 10 * norms[1][1:].median()
+    assert counted[1][1:].median() > 10 * counted[0][1:].median()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from int8pass.calibration import budget, clipping, observe
-from int8pass.calibration.observe import Progress
+from int8pass.calibration.observe import Progress, Sample
 from int8pass.calibration.rounding import gptq
 from int8pass.calibration.search import Choice, Trial
 from int8pass.calibration.session import Session, SiteInfo, divergence, first_tensor
@@ -115,7 +115,7 @@ class Calibration:
         self._statistics = observe.statistics(self._session, self._ranging, progress)
         if not self._statistics:
             raise CalibrationError("no site was found: nothing in this model can be quantized (see int8pass.inspect)")
-        self._samples = observe.samples(self._session, self._held, progress)
+        self._samples = observe.samples(self._session, self._held, self._statistics, progress)
         self._sites = _reached(self._session.sites, self._statistics, self._samples)
 
     def recipe(
@@ -149,7 +149,7 @@ class Calibration:
 
 
 def _reached(
-    sites: Mapping[str, SiteInfo], statistics: Mapping[str, ChannelStatistics], samples: Mapping[str, Tensor]
+    sites: Mapping[str, SiteInfo], statistics: Mapping[str, ChannelStatistics], samples: Mapping[str, Sample]
 ) -> dict[str, SiteInfo]:
     """The sites that tokens reached; the others are reported."""
     missed = [name for name in sites if name not in samples or statistics[name].tokens == 0]
@@ -171,7 +171,7 @@ class _Work:
         session: Session,
         recipe: Recipe,
         statistics: Mapping[str, ChannelStatistics],
-        samples: Mapping[str, Tensor],
+        samples: Mapping[str, Sample],
         columns: int | None,
         progress: Progress,
     ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +16,19 @@ from int8pass.calibration.session import Session, kept_rows
 from int8pass.calibration.statistics import ChannelStatistics
 from int8pass.errors import CalibrationError
 
-SAMPLE = 256
-"""Tokens of a site that choices are tried on."""
+SAMPLE, EXTREME = 256, 64
+"""Tokens of a site that choices are tried on: evenly spaced ones, and those that leave their channels' ranges most."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Tokens of a site's input, each standing for as many as `weights` says."""
+
+    rows: Tensor
+    """fp32 [T, K]."""
+    weights: Tensor
+    """fp32 [T]."""
+
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, steps done, steps in all)."""
@@ -76,23 +88,48 @@ def _joined(own: dict[str, ChannelStatistics]) -> dict[str, ChannelStatistics]:
     return merged if len(merged) and dist_size() > 1 else own
 
 
-def samples(session: Session, batches: Sequence[Any], progress: Progress) -> dict[str, Tensor]:
-    """At most `SAMPLE` evenly spaced tokens `[T, K]` of every site, from all batches alike."""
-    each = max(1, SAMPLE // len(batches))
-    found: dict[str, list[Tensor]] = {}
+def samples(
+    session: Session, batches: Sequence[Any], seen: Mapping[str, ChannelStatistics], progress: Progress
+) -> dict[str, Sample]:
+    """A sample of every site in two strata, from all batches alike.
+
+    At most `EXTREME` tokens are those that reach furthest beyond what their channels did in `seen`, and stand for
+    themselves; at most `SAMPLE` evenly spaced ones stand for all others. A range that clips one token in a hundred may
+    lose more by it than by the resolution of all, and evenly spaced tokens alone hardly ever show that.
+    """
+    each, extreme = max(1, SAMPLE // len(batches)), max(1, EXTREME // len(batches))
+    found: dict[str, list[Sample]] = {}
 
     def visit(name: str, rows: Tensor) -> None:
         if rows.shape[0]:
-            index = torch.linspace(0, rows.shape[0] - 1, min(each, rows.shape[0])).round().to(torch.int64)
-            found.setdefault(name, []).append(rows[index.to(rows.device)].float())
+            absmax = seen[name].absmax.to(rows.device, torch.float32).clamp_min(1e-30)
+            found.setdefault(name, []).append(_sample(rows.float(), absmax, each, extreme))
 
     over(session, batches, "sample", progress, visit)
-    joined: dict[str, list[Tensor]] = {}
-    for other in gathered({name: torch.cat(parts).cpu() for name, parts in found.items()}):
+    own = {name: (torch.cat([p.rows for p in parts]).cpu(), torch.cat([p.weights for p in parts]).cpu())
+           for name, parts in found.items()}  # fmt: skip
+    joined: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for other in gathered(own):
         for name, part in other.items():
             joined.setdefault(name, []).append(part)
-    devices = {name: parts[0].device for name, parts in found.items()}
-    return {name: torch.cat(parts).to(devices.get(name, "cpu")) for name, parts in joined.items()}
+    made = {}
+    for name, pairs in joined.items():
+        device = found[name][0].rows.device if name in found else torch.device("cpu")
+        made[name] = Sample(*(torch.cat(of).to(device) for of in zip(*pairs)))
+    return made
+
+
+def _sample(rows: Tensor, absmax: Tensor, each: int, extreme: int) -> Sample:
+    """Of `rows[T, K]`: the `extreme` that exceed `absmax[K]` most, and `each` evenly spaced ones of the others."""
+    count = rows.shape[0]
+    extreme = min(extreme, count // 4)
+    order = (rows.abs() / absmax).amax(1).argsort(descending=True)
+    others = order[extreme:].sort().values
+    index = torch.linspace(0, len(others) - 1, min(each, len(others))).round().to(torch.int64)
+    chosen = torch.cat([order[:extreme], others[index.to(rows.device)]])
+    weights = torch.full((len(chosen),), len(others) / len(index), device=rows.device)
+    weights[:extreme] = 1.0
+    return Sample(rows[chosen], weights)
 
 
 def histograms(

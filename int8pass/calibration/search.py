@@ -1,9 +1,9 @@
 """Choices of one site, by the error they leave in its output on data that did not set its ranges. Mostly arrays.
 
-The error of a choice is Σ ‖ŷ_t - y_t‖² / (‖y_t‖² + e) over a sample of tokens: neither a massive token nor one that
-is nearly zero decides alone. Where one range serves all tokens, e = median ‖y‖²: with the mean, one massive token would
-make the errors of all others vanish. With a range per token it has no part in them, and e = mean ‖y‖²: the median
-doubled the divergence of O1 on SmolLM2 (5.7 to 11.7 thousandths of a nat).
+The error of a choice is the mean of ‖ŷ_t - y_t‖² / (‖y_t‖² + e) over tokens, as a sample knows it: neither a massive
+token nor one that is nearly zero decides alone. Where one range serves all tokens, e is the median of ‖y‖²: with the
+mean, one massive token would make the errors of all others vanish. With a range per token it has no part in them, and e
+is the mean: the median doubled the divergence of O1 on SmolLM2 (5.7 to 11.7 thousandths of a nat).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from int8pass.calibration.observe import Sample
 from int8pass.calibration.smoothing import column_absmax, column_mean, exponents, grouped, outlier_exponents
 from int8pass.calibration.statistics import ChannelStatistics
 from int8pass.recipe import Scheme
@@ -46,23 +47,26 @@ class Trial:
 
     def __init__(
         self,
-        sample: Tensor,
+        sample: Sample,
         weights: Sequence[Tensor],
         scheme: Scheme,
         statistics: ChannelStatistics,
         channels: tuple[int, ...] | None,
     ) -> None:
-        self.x = sample.float()
-        self.weights = [_some_rows(w).to(sample.device) for w in weights]
+        self.x = sample.rows
+        self.weights = [_some_rows(w).to(self.x.device) for w in weights]
         self.scheme, self.statistics, self.channels = scheme, statistics, channels
         self._weight_statistic = column_mean(weights) if scheme.statistic == "mean" else column_absmax(weights)
         self._exact = [self.x @ w.t() for w in self.weights]
         energy = sum(y.square().sum(1) for y in self._exact)
         assert isinstance(energy, Tensor)
+        share = sample.weights / sample.weights.sum()
+        mean = (energy * share).sum()
         one_range = scheme.activations != "per_token"
         # Where most outputs are zero (after a ReLU, say) the median says nothing.
-        typical = torch.maximum(energy.median(), 1e-3 * energy.mean()) if one_range else energy.mean()
-        self._norm = energy + typical.clamp_min(1e-30)
+        typical = torch.maximum(_median(energy, share), 1e-3 * mean) if one_range else mean
+        self._token = share / (energy + typical.clamp_min(1e-30))  # what an error counts
+        self._taken: dict[int, tuple[Tensor, list[int]]] = {}  # by a vector's identity, with the vector
 
     def exponents(self, statistic: str, alpha: float | None) -> Tensor:
         """Smoothing exponents of one α (None: no smoothing), equal within a head group."""
@@ -81,21 +85,25 @@ class Trial:
 
     def error(self, choice: Choice) -> float:
         """What `choice` costs on the sample."""
+        return self._errors(choice, [choice.limits])[0]
+
+    def _errors(self, choice: Choice, ranges: Sequence[tuple[float, float] | None]) -> list[float]:
+        """What `choice` costs on the sample with each of some ranges; its weights are rounded once for all."""
         s = torch.exp2(choice.exponents).float()
         x, columns = self.x / s, list(choice.columns)
-        inner = x.clone()
-        inner[:, columns] = 0.0
-        inner = fake_quantize(inner, self.scheme, choice.limits)
-        total = torch.zeros_like(self._norm)
+        outliers, x[:, columns] = x[:, columns], 0.0
+        products = []
         for weight, exact in zip(self.weights, self._exact):
             scaled = weight * s
-            rounded = scaled.clone()
-            rounded[:, columns] = 0.0
-            y = inner @ fake_quantize_weight(rounded, self.scheme).t()
-            if columns:
-                y += x[:, columns] @ scaled[:, columns].t()
-            total += (y - exact).square().sum(1)
-        return float((total / self._norm).mean())
+            wanted = exact - outliers @ scaled[:, columns].t() if columns else exact
+            scaled[:, columns] = 0.0
+            products.append((fake_quantize_weight(scaled, self.scheme).t(), wanted))
+        found = []
+        for limits in ranges:
+            inner = fake_quantize(x, self.scheme, limits)
+            total = torch.stack([(inner @ weight - wanted).square().sum(1) for weight, wanted in products]).sum(0)
+            found.append((total * self._token).sum())
+        return [float(error) for error in torch.stack(found).tolist()]
 
     def tried(self, choice: Choice) -> Choice:
         """`choice` with its range and its error."""
@@ -128,21 +136,36 @@ class Trial:
         With one range per token these are the columns of most energy, whatever the vector: there, rounding the weights
         costs most and ranges are set; shares of a sample's error rank them worse. Where a range serves all tokens, a
         column costs what rounding its weights costs under its activations, what rounding its activations costs under
-        its weights, and the resolution of every token whose range it sets: taken in four steps, because the next
-        largest sets the range once the largest is gone.
+        its weights, and the resolution of every token whose range it sets: taken a few at a time, because the next
+        largest sets the range once the largest is gone. More columns hold all of fewer.
         """
-        s = torch.exp2(choice.exponents).float()
         if self.scheme.activations == "per_token":
             energy = self.statistics.energy
             return tuple(sorted(torch.topk(energy, min(count, energy.numel())).indices.tolist()))
+        _, taken = self._taken.setdefault(id(choice.exponents), (choice.exponents, []))
+        if len(taken) < min(count, self.x.shape[1]):
+            self._take(torch.exp2(choice.exponents).float(), taken, count)
+        return tuple(sorted(taken[:count]))
+
+    def _take(self, s: Tensor, taken: list[int], count: int) -> None:
+        """Add columns to `taken`, in the order of the error they cause, until there are `count` or all."""
         x, weight = self.x / s, torch.cat(self.weights) * s
         absmax = self.statistics.absmax.to(s.device).float() / s
-        taken: list[int] = []
-        for step in range(4):
-            wanted = count * (step + 1) // 4 - len(taken)
-            score = _blame(x, weight, 1.0 / self._norm, taken, absmax)
-            taken += torch.topk(score, min(wanted, score.numel() - len(taken))).indices.tolist()
-        return tuple(sorted(taken))
+        active = (x.square() * self._token[:, None]).sum(0)  # of each column
+        norms = weight.square().sum(0)
+        magnitudes = weight.abs_()
+        unit = self._token.sum() / (12 * 127**2)
+        while len(taken) < min(count, absmax.numel()):
+            for gone in (absmax, active, norms):
+                gone[taken] = 0.0
+            magnitudes[:, taken] = 0.0
+            from_weights = active * (magnitudes.amax(1).square().sum() / (12 * 127**2))
+            noise = absmax.amax().square() * unit * norms
+            relief = absmax.square() * unit * norms.sum()
+            score = from_weights + noise + relief
+            score[taken] = -torch.inf
+            step = min(max(2, len(taken) // 4), absmax.numel() - len(taken))
+            taken += torch.topk(score, step).indices.tolist()
 
     def best(self, candidates: Sequence[Choice], count: int = 0) -> Choice:
         """The candidate of least error, with `count` columns each."""
@@ -181,7 +204,9 @@ class Trial:
         """A choice with the fraction of its range that leaves least error."""
         assert choice.limits is not None
         low, high = choice.limits
-        return min((self.tried(replace(choice, limits=(f * low, f * high))) for f in CLIPS), key=lambda c: c.error)
+        ranges = [(f * low, f * high) for f in CLIPS]
+        error, limits = min(zip(self._errors(choice, ranges), ranges))
+        return replace(choice, error=error, limits=limits)
 
 
 def fake_quantize(x: Tensor, scheme: Scheme, limits: tuple[float, float] | None) -> Tensor:
@@ -208,25 +233,12 @@ def fake_quantize_weight(weight: Tensor, scheme: Scheme) -> Tensor:
     return codes.float() * scale[:, None]
 
 
+def _median(values: Tensor, share: Tensor) -> Tensor:
+    """The value that half of the weight does not exceed."""
+    order = values.argsort()
+    return values[order[(share[order].cumsum(0) < 0.5).sum().clamp_max(len(order) - 1)]]
+
+
 def _some_rows(weight: Tensor) -> Tensor:
     step = -(-weight.shape[0] // MOST_OUTPUTS)
     return weight.detach()[::step].float()
-
-
-def _blame(x: Tensor, weight: Tensor, token: Tensor, taken: list[int], absmax: Tensor) -> Tensor:
-    """The error that each column of `x[T, K]`, `weight[N, K]` causes, [K]; -inf for those already `taken`.
-
-    `token` [T] weighs the tokens; `absmax` [K] is over all data: one range serves all tokens.
-    """
-    x, weight = x.clone(), weight.clone()
-    x[:, taken], weight[:, taken] = 0.0, 0.0
-    step = weight.abs().amax(1) / 127  # of each output channel
-    from_weights = (x.square() * token[:, None]).sum(0) * (step.square().sum() / 12)
-    norms = weight.square().sum(0)
-    unit = norms.sum() / (12 * 127**2)
-    absmax = absmax.index_fill(0, torch.tensor(taken, dtype=torch.int64, device=x.device), 0.0)
-    noise = absmax.amax().square() * token.sum()
-    relief = absmax.square() * token.sum() * unit
-    score = from_weights + noise / (12 * 127**2) * norms + relief
-    score[taken] = -torch.inf
-    return score

@@ -120,12 +120,12 @@ class ChannelStatistics:
         low, high = self.low, self.high
         if moving_average:
             low, high = self.moving_low / self.moving_weight, self.moving_high / self.moving_weight
-        keep = torch.ones(self.width, dtype=torch.bool, device=low.device)
-        keep[list(columns)] = False
-        if not bool(keep.any()):
+        if len(set(columns)) == self.width:
             return (0.0, 0.0)
-        s = s.to(low)
-        return float((low / s)[keep].min()), float((high / s)[keep].max())
+        low, high = low / s.to(low), high / s.to(high)
+        low[list(columns)], high[list(columns)] = torch.inf, -torch.inf
+        least, most = torch.stack([low.min(), high.max()]).tolist()
+        return least, most
 
     def state(self) -> dict[str, Any]:
         """Plain tensors and numbers, for another process."""
