@@ -88,8 +88,7 @@ def export_onnx(
         path: the file to write. An existing one is replaced at the end, in one step; a failed export leaves it as it
             was. Above 1 GiB the weights go to `<path>.data` beside it.
         recipe: preset name, `Recipe` or path of a recipe file; None is the data-free default.
-        target: whose int8 kernels the graph is written for. "portable": one file for ONNX Runtime and OpenVINO, at an
-            opset that older readers take.
+        target: whose int8 kernels the graph is written for. "portable": one file for ONNX Runtime and OpenVINO.
         dynamic_shapes: as for torch.export: per input, {axis: torch.export.Dim(...)}.
         verify: open the file in the target's runtime, and require that every planned linear runs as an int8 kernel
             and the numbers are those of the portable form in PyTorch. "warn" keeps a file that fails and warns.

@@ -20,8 +20,8 @@ from int8pass.match import module_path, source_line
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-OPSETS = {"onnxruntime": 23, "openvino": 23, "tensorrt": 21, "portable": 21}
-"""RMSNormalization and Attention are one node from 23 on; what reads a file of the other targets may be older."""
+OPSETS = {"onnxruntime": 23, "openvino": 23, "tensorrt": 21, "portable": 23}
+"""RMSNormalization and Attention are one node from 23 on, which not every TensorRT reads."""
 
 
 def to_onnx(portable: ExportedProgram, target: str) -> ir.Model:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -11,10 +12,19 @@ import onnxruntime
 import pytest
 import torch
 from harness import relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from torch import Tensor, nn
 
 import int8pass
 from int8pass.qdq import runtimes, simplify
+
+BOUNDED = {
+    "gelu": (nn.GELU(), 0.1701), "gelu, tanh": (nn.GELU("tanh"), 0.1701), "relu": (nn.ReLU(), 1e-6),
+    "silu": (nn.SiLU(), 0.2785), "sigmoid": (nn.Sigmoid(), 1e-6), "softmax": (nn.Softmax(-1), 1e-6),
+}  # fmt: skip
+"""Activations whose results are never far below zero, and how far that may be."""
 
 
 class Encoder(nn.Module):
@@ -40,7 +50,7 @@ class Encoder(nn.Module):
         return self.norms[1](self.down(torch.nn.functional.gelu(self.up(x))) + x)
 
 
-@pytest.fixture(scope="module", params=["portable", "openvino"])
+@pytest.fixture(scope="module", params=["portable", "onnxruntime", "openvino"])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Encoder, Path]:
     torch.manual_seed(0)
     model = Encoder().eval()
@@ -63,6 +73,7 @@ def test_no_gather_and_no_comparison_is_left_of_a_mask(exported: tuple[Encoder, 
     assert not {"Range", "GatherND", "And", "GreaterOrEqual"} & set(found)
 
 
+@pytest.mark.parametrize("exported", ["tensorrt"], indirect=True)  # elsewhere none are left
 def test_reshapes_have_constant_sizes(exported: tuple[Encoder, Path]) -> None:
     model = ir.load(exported[1])
     reshapes = [node for node in model.graph if node.op_type == "Reshape"]
@@ -78,7 +89,23 @@ def test_one_reduction_is_enough_after_gelu(exported: tuple[Encoder, Path]) -> N
     assert not any(made is not None and made.op_type == "Gelu" for made in reduced)
 
 
-@pytest.mark.parametrize("exported", ["portable"], indirect=True)  # one node elsewhere
+def test_norms_gelu_and_attention_are_single_nodes(exported: tuple[Encoder, Path]) -> None:
+    found = counts(exported[1])
+    assert [found[name] for name in ("LayerNormalization", "Gelu", "Attention", "Softmax", "Erf")] == [2, 1, 1, 0, 0]
+
+
+def test_attention_takes_rows_and_gives_rows(exported: tuple[Encoder, Path]) -> None:
+    model = ir.load(exported[1])
+    (attention,) = (node for node in model.graph if node.op_type == "Attention")
+    assert [attention.attributes[name].as_int() for name in ("q_num_heads", "kv_num_heads")] == [4, 4]
+    made = [value.producer().op_type for value in attention.inputs[:3]]  # type: ignore[union-attr]
+    assert made == ["Add", "Mul", "Add"]  # keys have no bias
+    turned = [node.inputs[0] for node in model.graph if node.op_type == "Transpose"]
+    assert len(turned) == 1  # the mask of rows
+    assert turned[0] is not None
+    assert turned[0].producer().op_type == "ReduceMax"  # type: ignore[union-attr]
+
+
 def test_the_bias_of_keys_is_not_added(exported: tuple[Encoder, Path]) -> None:
     names = {str(v.name) for v in ir.load(exported[1]).graph.initializers.values()}
     assert "q.bias" in names
@@ -86,18 +113,9 @@ def test_the_bias_of_keys_is_not_added(exported: tuple[Encoder, Path]) -> None:
     assert "k.bias" not in names
 
 
-@pytest.mark.parametrize("exported", ["portable"], indirect=True)  # one node elsewhere
-def test_values_are_made_beside_queries_and_keys(exported: tuple[Encoder, Path]) -> None:
-    """By ONNX Runtime, in whose order of execution softmax comes after the three."""
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(exported[1].with_name("optimized.onnx"))
-    onnxruntime.InferenceSession(str(exported[1]), options)
-    order = [node.op_type for node in ir.load(options.optimized_model_filepath).graph]
-    assert order[: order.index("Softmax")].count("MatMulIntegerToFloat") == 3
-
-
 @pytest.mark.parametrize("size", [(1, 1), (2, 12), (3, 40)])
 def test_numbers_stay_also_where_all_is_masked(exported: tuple[Encoder, Path], size: tuple[int, int]) -> None:
+    """In either runtime, whichever the file is for."""
     model, path = exported
     x, mask = torch.randn(*size, 64, generator=torch.Generator().manual_seed(1)), torch.ones(*size, dtype=torch.int64)
     mask[0, size[1] // 2 :] = 0
@@ -105,10 +123,57 @@ def test_numbers_stay_also_where_all_is_masked(exported: tuple[Encoder, Path], s
         mask[1] = 0  # nothing to attend to: the result is the bias of the output projection
     with torch.no_grad():
         expected = model(x, mask)
-    runtime = "openvino" if path.stem == "openvino" else "onnxruntime"
-    (found,) = runtimes.open_in(runtime, path, []).run([x.numpy(), mask.numpy()])
-    assert not np.isnan(found).any()
-    assert relative_error(torch.from_numpy(found), expected) < 0.03
+    for runtime in ("onnxruntime", "openvino"):
+        (found,) = runtimes.open_in(runtime, path, []).run([x.numpy(), mask.numpy()])
+        assert not np.isnan(found).any()
+        assert relative_error(torch.from_numpy(found), expected) < 0.03
+
+
+class Masked(Encoder):
+    """Attention by the mask that is given."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = (self._heads(linear(x)) for linear in (self.q, self.k, self.v))
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.norms[0](self.o(y.transpose(1, 2).reshape(x.shape)) + x)
+
+
+def export_masked(mask: Tensor, path: Path, target: str, recipe: str = "w8a8", model: nn.Module | None = None) -> Path:
+    torch.manual_seed(0)
+    args = {"x": torch.randn(2, 12, 64), "mask": mask}
+    made = int8pass.export_onnx(
+        model or Masked().eval(),
+        args,
+        path,
+        recipe=recipe,
+        target=target,
+        quantize_head=True,  # type: ignore[arg-type]
+    )
+    assert made.verification is not None
+    assert made.verification.passed
+    return path
+
+
+def test_values_are_made_beside_queries_and_keys(tmp_path: Path) -> None:
+    """By ONNX Runtime, in whose order of execution softmax comes after the three."""
+    mask = torch.ones(2, 1, 12, 12, dtype=torch.bool).tril()
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(str(export_masked(mask, tmp_path / "m.onnx", "onnxruntime")), options)
+    order = [node.op_type for node in ir.load(options.optimized_model_filepath).graph]
+    assert order[: order.index("Softmax")].count("MatMulIntegerToFloat") == 3
+
+
+@pytest.mark.parametrize(("recipe", "products"), [("w8a8", 0), ("w8a8-asymmetric", 0), ("w8a16", 1)])
+def test_a_mask_of_rows_stays_where_rows_have_no_scale(recipe: str, products: int, tmp_path: Path) -> None:
+    mask = torch.ones(2, 1, 12, 12, dtype=torch.bool).tril()
+    mask[1, 0, 3] = False
+    model = ir.load(export_masked(mask, tmp_path / "m.onnx", "portable", recipe))
+    (attention,) = (node for node in model.graph if node.op_type == "Attention")
+    assert "q_num_heads" in attention.attributes
+    readers = [user for user, _ in attention.outputs[0].uses()]
+    masked = [n for n in readers if n.op_type == "Mul" and n.inputs[1].producer().op_type == "Squeeze"]  # type: ignore[union-attr]
+    assert len(masked) == products
 
 
 def test_rows_with_nothing_above_zero_are_close_after_gelu(tmp_path: Path) -> None:
@@ -129,21 +194,74 @@ def test_rows_with_nothing_above_zero_are_close_after_gelu(tmp_path: Path) -> No
         assert np.abs(found - model(x).numpy()).max() <= 0.1701 / 127
 
 
+class Squash(nn.Module):
+    """An activation, and a linear that hands on what it is given."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.activation, self.linear = activation, nn.Linear(32, 32, bias=False)
+        with torch.no_grad():
+            self.linear.weight.copy_(torch.eye(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.activation(x))
+
+
+@pytest.fixture(scope="module", params=[*BOUNDED])
+def squashed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Squash, float, Any]:
+    activation, bound = BOUNDED[request.param]
+    model = Squash(activation).eval()
+    path = tmp_path_factory.mktemp("squash") / "m.onnx"
+    shapes = ({0: torch.export.Dim("rows", max=64)},)
+    int8pass.export_onnx(
+        model, torch.randn(3, 9, 32), path, recipe="w8a8", target="portable", dynamic_shapes=shapes, quantize_head=True
+    )
+    assert counts(path)["ReduceMin"] == 0
+    return model, bound, runtimes.open_in("onnxruntime", path, [])
+
+
+@given(rows=arrays(np.float32, (2, 9, 32), elements=st.floats(-40.0, 40.0, width=32)), shrink=st.integers(0, 12))
+@settings(deadline=None, max_examples=30)
+def test_codes_after_a_bounded_activation_cover_its_row(
+    squashed: tuple[Squash, float, Any], rows: np.ndarray, shrink: int
+) -> None:
+    """No value is saturated: each is within half a step of the row's range, or of the bound where that is wider."""
+    model, bound, opened = squashed
+    x = rows * np.float32(2.0**-shrink)
+    x[0] = -np.abs(x[0])  # nothing above zero
+    with torch.no_grad():
+        exact = model.activation(torch.from_numpy(x)).numpy()
+    (found,) = opened.run([x])
+    widest = np.maximum(np.abs(exact).max(-1, keepdims=True), bound)
+    assert (np.abs(found - exact) <= 0.505 * widest / 127 + 1e-6).all()  # so exact are a runtime's own activations
+
+
 def test_a_product_with_a_mask_of_heads_stays(tmp_path: Path) -> None:
     """The mask of a head cannot be moved to where heads are one row."""
+    mask = torch.ones(2, 4, 12, 12, dtype=torch.bool)
+    mask[1, 2] = False
+    found = counts(export_masked(mask, tmp_path / "m.onnx", "portable"))
+    assert found["Squeeze"] == 0
+    assert found["Transpose"] == 4
 
-    class Heads(Encoder):
+
+def test_heads_that_are_not_views_of_rows_stay(tmp_path: Path) -> None:
+    """Keys are scaled head by head after they are split: the node takes heads, and its keys keep their bias."""
+
+    class Scaled(Masked):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.rand(4, 1, 1) + 0.5)
+
         def forward(self, x: Tensor, mask: Tensor) -> Tensor:
             q, k, v = (self._heads(linear(x)) for linear in (self.q, self.k, self.v))
-            y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            y = torch.nn.functional.scaled_dot_product_attention(q, k * self.scale, v, attn_mask=mask)
             return self.norms[0](self.o(y.transpose(1, 2).reshape(x.shape)) + x)
 
     torch.manual_seed(0)
-    model, x, mask = Heads().eval(), torch.randn(2, 12, 64), torch.ones(2, 4, 12, 12, dtype=torch.bool)
-    mask[1, 2] = False
-    made = int8pass.export_onnx(
-        model, {"x": x, "mask": mask}, tmp_path / "m.onnx", recipe="w8a8", target="portable", quantize_head=True
-    )
-    assert counts(made.path)["Squeeze"] == 0
-    assert made.verification is not None
-    assert made.verification.passed
+    mask = torch.ones(2, 1, 1, 12, dtype=torch.bool)
+    path = export_masked(mask, tmp_path / "m.onnx", "portable", model=Scaled().eval())
+    model = ir.load(path)
+    (attention,) = (node for node in model.graph if node.op_type == "Attention")
+    assert "q_num_heads" not in attention.attributes
+    assert "k.bias" in {str(v.name).removesuffix(".wide") for v in model.graph.initializers.values()}

@@ -20,15 +20,14 @@ from lowering.registry import all_ops
 def translations(opset: int, target: str = "portable") -> dict[Any, Callable[..., Any]]:
     """Op overload → translation for a model of that opset, as `torch.onnx.export(custom_translation_table=...)`.
 
-    An implementation for target "onnx23" stands in for the one for "onnx" from opset 23 on. Attention is opset 23's
-    own node, but for ONNX Runtime, whose kernel for it is slow where positions are masked.
+    An implementation for target "onnx23" stands in for the one for "onnx" from opset 23 on.
     """
-    table: dict[Any, Callable[..., Any]] = {}
-    if opset < 23 or target == "onnxruntime":
-        table[torch.ops.aten.scaled_dot_product_attention.default] = (
-            # OpenVINO no longer fuses attention that is clamped
-            attention.clamped_attention if target == "onnxruntime" else attention.scaled_dot_product_attention
+    native = attention.clamped_attention if target == "onnxruntime" else attention.attention_node
+    table: dict[Any, Callable[..., Any]] = {
+        torch.ops.aten.scaled_dot_product_attention.default: (
+            native if opset >= 23 else attention.scaled_dot_product_attention
         )
+    }
     for op in all_ops().values():
         for form in ("onnx", *(["onnx23"] if opset >= 23 else [])):
             for implementation in op.implementations:

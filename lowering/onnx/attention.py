@@ -1,4 +1,4 @@
-"""Scaled dot-product attention where it is not left to opset 23's one node.
+"""Scaled dot-product attention: written out, or opset 23's one node.
 
 torch's own translation looks for rows that are masked out in the `[B, H, T, S]` probabilities (IsNaN, Where), and
 transposes keys through three reshapes. Here masks are finite, such rows are found in the mask, which has no heads, and
@@ -6,7 +6,8 @@ zeroed in the `[B, H, T, D]` result.
 
 ONNX Runtime (1.31) computes exp of a masked score as the smallest denormal number, and takes four times as long for the
 softmax of a causal mask as without; its Attention does the same. `clamped_attention` keeps every score within `NEAR` of
-the largest of its row: a masked position has a probability of 1e-35 then, which no float32 sum notices.
+the largest of its row: a masked position has a probability of 1e-35 then, which no float32 sum notices. Three passes
+over the scores cost more than that saves where only padding is masked: there it is the one node too.
 """
 
 # Plain functions without annotations: torch.onnx reads annotations as an ONNX signature.
@@ -17,6 +18,7 @@ import math
 import numpy as np
 import onnx_ir
 from onnxscript import opset21 as op
+from onnxscript import opset23
 
 from lowering.onnx.quantize import f32, i64
 
@@ -39,8 +41,34 @@ def scaled_dot_product_attention(
 def clamped_attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):  # fmt: skip
-    """The same, without denormal numbers in its softmax."""
+    """The same, without denormal numbers in its softmax where every query has a mask of its own."""
+    if not is_causal and (attn_mask is None or attn_mask.shape[-2] == 1):
+        return attention_node(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     return _attention(query, key, value, attn_mask, is_causal, scale, enable_gqa, near=NEAR)
+
+
+def attention_node(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):  # fmt: skip
+    """The same as one node, of opset 23: its mask finite, as above, and with rows for every query, because ONNX
+    Runtime's kernel (1.31) broadcasts no others."""
+    if len(query.shape) != 4 or (is_causal and query.shape[2] != key.shape[2]):
+        return _attention(query, key, value, attn_mask, is_causal, scale, enable_gqa, near=None)
+    valid = None
+    if attn_mask is not None:
+        one_row = attn_mask.shape[-2] == 1 and query.shape[2] != 1
+        attn_mask, valid = _finite(attn_mask, query)
+        if one_row:
+            attn_mask = _with_rows(attn_mask, query, key)
+    result, *_ = opset23.Attention(query, key, value, attn_mask, is_causal=int(is_causal), scale=scale)
+    return result if valid is None else op.Mul(result, valid)
+
+
+def _with_rows(mask, query, key):
+    """`[..., 1, S]` ⇒ `[..., T, S]`"""
+    # the sizes of the mask are those of all layers, so that there is one Expand for all of them
+    length = op.Shape(mask, start=-1) if query.shape[2] == key.shape[2] else op.Shape(query, start=2, end=3)
+    return op.Expand(mask, op.Concat(length, i64(1), axis=0))
 
 
 def _attention(query, key, value, attn_mask, is_causal, scale, enable_gqa, near):

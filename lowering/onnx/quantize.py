@@ -83,20 +83,34 @@ def quantize_per_token(x, symmetric):
     return codes, scale, op.Cast(zero_point, to=INT32)
 
 
-LOWEST_OF = {"Gelu": -0.1701, "Relu": 0.0}
+LOWEST_OF = {"Gelu": -0.1701, "Relu": 0.0, "Sigmoid": 0.0, "Softmax": 0.0}
 """No result of these ops is less. Gelu's minimum is -0.16997, -0.17004 where it is computed by tanh."""
+LOWEST_SILU = -0.2785
+"""No result of x · sigmoid(x) is less: its minimum is -0.27846."""
+
+
+def _lowest(x):
+    """A bound not far below zero that no value of `x` is below, by the op that made it; None where there is none."""
+    made = x.producer()
+    if made is None:
+        return None
+    if made.op_type == "Mul":
+        factors = [value.producer() for value in made.inputs]
+        gates = zip(factors, reversed(made.inputs))
+        if any(gate is not None and gate.op_type == "Sigmoid" and gate.inputs[0] is other for gate, other in gates):
+            return LOWEST_SILU
+    return LOWEST_OF.get(made.op_type)
 
 
 def _row_absmax(x):
     """The largest absolute value of each row, at least SMALLEST_ABSMAX: `[..., 1]`.
 
     Two reductions read x; Abs would write as much again, and took longer in OpenVINO. Where x cannot be far below zero
-    one will do: its bound counts as a value of the row, which changes codes only in rows with nothing above 0.17.
+    one will do: its bound counts as a value of the row, which changes codes only in rows with nothing above it.
     """
-    made = x.producer()
     high = op.ReduceMax(x, i64(-1), keepdims=1)
-    if made is not None and made.op_type in LOWEST_OF:
-        return op.Max(high, f32(max(-LOWEST_OF[made.op_type], SMALLEST_ABSMAX)))
+    if (lowest := _lowest(x)) is not None:
+        return op.Max(high, f32(max(-lowest, SMALLEST_ABSMAX)))
     # Beside any other value SMALLEST_ABSMAX is lost in the difference; a third operand of Max would cost more.
     return op.Max(high, op.Sub(f32(SMALLEST_ABSMAX), op.ReduceMin(x, i64(-1), keepdims=1)))
 
