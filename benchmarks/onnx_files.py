@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,17 @@ from int8pass.qdq.rewrite import constant_of
 from int8pass.recipe import CALIBRATED
 from int8pass.translate import quiet
 
-CALIBRATION = slice(100, 104)  # windows that the evaluation does not see
+CALIBRATION = slice(100, 116)
+"""Windows of LENGTH tokens that the evaluation does not see: 2048 tokens."""
+CALIBRATION_LONG = slice(100, 104)
+"""As many, in windows of 512 tokens."""
 
 LENGTH = 128
 EVALUATION = 4
 """Windows of text, the first ones, that errors are taken on."""
+HEAD = ", head too"
 MINILM = ("w8a8", "w8a8-asymmetric", "default", "smoothquant-o3")
+SMOLLM2 = (("w8a8", False), ("w8a8", True), ("smoothquant-o3", False))
 ONLY = {"op_types_to_quantize": ["MatMul", "Gemm"], "per_channel": True}
 
 
@@ -86,52 +93,75 @@ def float_file(model: nn.Module, example: Example, path: Path) -> None:
 
 
 def minilm(folder: Path) -> dict[str, Path]:
-    """Every recipe as a portable file, the per-token one for each runtime too; both quantizers of ONNX Runtime."""
+    """Every recipe as a portable file, the per-token one for each runtime too; the quantizers of ONNX Runtime."""
     model, tokenizer = hub.load("minilm")
     windows = text(tokenizer)
     example = example_inputs.prefill(model, windows[:1])
     batches = feeds(example.args, windows[EVALUATION:])
-    float_path = once(folder / "fp32.onnx", lambda p: float_file(model, example, p))
-    made = {"fp32": float_path}
+    made = {"fp32": once(folder / "fp32.onnx", lambda p: float_file(model, example, p))}
     wanted = [*((preset, "portable") for preset in MINILM), ("w8a8", "onnxruntime"), ("w8a8", "openvino")]
-
-    def export(preset: str, target: str, path: Path) -> None:
-        recipe = int8pass.Recipe.preset(preset)
-        if preset in CALIBRATED:
-            recipe = int8pass.calibrate(model, [tensors(b, example.args) for b in batches], recipe)
-        _export(model, example, recipe, target)(path)
-
     for preset, target in tqdm(wanted, desc="export"):
-        name = preset if target == "portable" else f"{preset} for {target}"
-        made[f"int8pass {name}"] = once(folder / f"{name}.onnx", functools.partial(export, preset, target))
-    made["ort quantize_dynamic"] = once(
-        folder / "dynamic.onnx", lambda p: quantization.quantize_dynamic(float_path, p, **ONLY)
-    )
-    made["ort quantize_static"] = once(
-        folder / "static.onnx", lambda p: quantization.quantize_static(float_path, p, Batches(batches))
-    )
-    unsigned = {"activation_type": quantization.QuantType.QUInt8, **ONLY}
-    made["ort quantize_static u8"] = once(
-        folder / "static_u8.onnx", lambda p: quantization.quantize_static(float_path, p, Batches(batches), **unsigned)
-    )
-    return made
+        recipe = _recipe(folder, model, example, preset, batches)
+        made |= _ours(folder, model, example, preset, recipe, target)
+    return made | _theirs(folder, batches, default_static=True)
 
 
 def smollm2(folder: Path) -> dict[str, Path]:
-    """The prefill graph per token, with its output head in float and in int8; ONNX Runtime's dynamic quantizer."""
+    """The prefill graph per token and static, its output head in float and in int8; the quantizers of ONNX Runtime."""
     model, tokenizer = hub.load("smollm2")
-    example = example_inputs.prefill(model, text(tokenizer)[:1])
-    float_path = once(folder / "fp32.onnx", lambda p: float_file(model, example, p))
-    made = {"fp32": float_path}
-    wanted = [("portable", False), ("portable", True), ("onnxruntime", False), ("onnxruntime", True)]
-    for target, head in tqdm(wanted, desc="export"):
-        name = f"w8a8{'' if target == 'portable' else f' for {target}'}{', head too' if head else ''}"
-        export = _export(model, example, int8pass.Recipe.preset("w8a8"), target, quantize_head=head)
-        made[f"int8pass {name}"] = once(folder / f"{name}.onnx", export)
-    made["ort quantize_dynamic"] = once(
-        folder / "dynamic.onnx", lambda p: quantization.quantize_dynamic(float_path, p, **ONLY)
-    )
-    return made
+    windows = text(tokenizer)
+    example = example_inputs.prefill(model, windows[:1])
+    batches = feeds(example.args, windows[EVALUATION:])
+    made = {"fp32": once(folder / "fp32.onnx", lambda p: float_file(model, example, p))}
+    for (preset, head), target in tqdm(list(itertools.product(SMOLLM2, ("portable", "onnxruntime"))), desc="export"):
+        recipe = _recipe(folder, model, example, preset, batches, head)
+        made |= _ours(folder, model, example, preset, recipe, target)
+    return made | _theirs(folder, batches)
+
+
+def _recipe(
+    folder: Path,
+    model: nn.Module,
+    example: Example,
+    preset: str,
+    batches: list[dict[str, np.ndarray]],
+    head: bool = False,
+) -> int8pass.Recipe:
+    """A preset; where it needs calibration the one that an earlier run has found, or found now."""
+    recipe = dataclasses.replace(int8pass.Recipe.preset(preset), quantize_head=head)
+    if preset not in CALIBRATED:
+        return recipe
+    path = folder / f"{preset}{HEAD if head else ''}.json"
+    if not path.exists():
+        data = [tensors(b, example.args) for b in batches]
+        int8pass.calibrate(model, data, recipe, progress=_bar("calibrate")).save(path)
+    return int8pass.Recipe.load(path)
+
+
+def _ours(
+    folder: Path, model: nn.Module, example: Example, preset: str, recipe: int8pass.Recipe, target: str
+) -> dict[str, Path]:
+    """One export, under its name in the tables."""
+    name = f"{preset}{'' if target == 'portable' else f' for {target}'}{HEAD if recipe.quantize_head else ''}"
+    return {f"int8pass {name}": once(folder / f"{name}.onnx", _export(model, example, recipe, target))}
+
+
+def _theirs(folder: Path, batches: list[dict[str, np.ndarray]], default_static: bool = False) -> dict[str, Path]:
+    """What ONNX Runtime's quantizers make of the float file: dynamic, static at their best, static as they come."""
+    source = folder / "fp32.onnx"
+
+    def static(path: Path, **options: Any) -> None:
+        quantization.quantize_static(source, path, Batches(batches), **options)
+
+    unsigned = functools.partial(static, activation_type=quantization.QuantType.QUInt8, **ONLY)
+    made = {
+        "ort quantize_dynamic": once(
+            folder / "dynamic.onnx", lambda p: quantization.quantize_dynamic(source, p, **ONLY)
+        )
+    }
+    if default_static:
+        made["ort quantize_static"] = once(folder / "static.onnx", static)
+    return made | {"ort quantize_static u8": once(folder / "static_u8.onnx", unsigned)}
 
 
 def decode(folder: Path) -> dict[str, Path]:
@@ -149,7 +179,7 @@ def with_columns(folder: Path) -> tuple[Path, Path]:
     example = example_inputs.prefill(model, windows[:1, :LENGTH])
 
     def calibrated(path: Path) -> None:
-        batches = [{"input_ids": ids[None]} for ids in windows[CALIBRATION]]
+        batches = [{"input_ids": ids[None]} for ids in windows[CALIBRATION_LONG]]
         recipe = int8pass.calibrate(model, batches, "outlier-columns", progress=_bar("calibrate"))
         _export(model, example, recipe, "onnxruntime")(path)
 
