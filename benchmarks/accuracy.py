@@ -5,7 +5,7 @@
     python -m benchmarks.accuracy --windows 2 --only smoothquant
 
 Schemes run in the portable form, node by node in fp32: what `torch.compile` computes, without compiling each of them
-(tests compare the two). Calibration sees windows 100 and later, evaluation the first ones. For language models: the
+(tests compare the two). Calibration sees windows 36 to 131, evaluation the first ones. For language models: the
 perplexity ratio to fp32 and the mean KL divergence from its predictions, in thousandths of a nat; for MiniLM: cosine to
 the fp32 embeddings, and Spearman's rank correlation of sentence similarities with fp32's. Rows are written as they are
 measured; an interrupted run goes on where it stopped.
@@ -45,7 +45,7 @@ from int8pass.calibration import Calibration
 from int8pass.calibration.session import Session
 
 RESULTS = Path("benchmarks/results/accuracy.json")
-CALIBRATION = slice(100, 132)
+CALIBRATION = slice(36, 132)
 LENGTH, PAIRS = 512, 256
 
 
@@ -76,6 +76,8 @@ SCHEMES = (
     Scheme("auto", preset("auto")),
     Scheme("smoothquant-o2", preset("smoothquant-o2")),
     Scheme("smoothquant-o2 + 32 columns", split("smoothquant-o2"), 32),
+    Scheme("smoothquant-o3 + 64 columns", split("smoothquant-o3"), 64),
+    Scheme("smoothquant-o2 + 64 columns", split("smoothquant-o2"), 64),
     Scheme("smoothquant-o3, weights to nearest", preset("smoothquant-o3", rounding="nearest")),
     Scheme("smoothquant-o2, weights to nearest", preset("smoothquant-o2", rounding="nearest")),
     Scheme(

@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import int8pass
-from benchmarks.accuracy import CALIBRATION, LENGTH, Bars, progress_bars
+from benchmarks.accuracy import LENGTH, Bars, progress_bars
 from int8pass import Recipe, hub, measure
 from int8pass.calibration import Calibration
 
@@ -89,7 +89,7 @@ def main() -> None:
     text = args.text.read_text() if args.text else hub.evaluation_text()
     model, tokenizer = hub.load("smollm2", dtype=torch.bfloat16, device=args.device)
     windows = hub.windows(tokenizer, LENGTH, text).to(args.device)
-    batches = [{"input_ids": w[None], "use_cache": False} for w in windows[CALIBRATION]]
+    batches = [{"input_ids": w[None], "use_cache": False} for w in windows[100:132]]
     with progress_bars(Console(stderr=True)) as bars:
         chosen = recipes(model, batches, bars)
         found = rows(forms(model, chosen, args.device.type == "cuda"), windows[0], bars)

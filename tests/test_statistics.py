@@ -282,6 +282,23 @@ def test_tokens_that_leave_their_ranges_count_for_what_they_are() -> None:
     assert blind.error < 0.5 * exact.error
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_what_a_range_clips_counts_more_than_rounding(symmetric: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(64, 32, generator=generator).abs(), torch.randn(16, 32, generator=generator)
+    static = Scheme(activations="static", smoothing="none", outliers="none", clipping="output", symmetric=symmetric)
+    made = Trial(evenly(x), [weight], static, of(x), None)
+    for high in (float(x.max()), 1.5):
+        choice = Choice(torch.zeros(32, dtype=torch.float64), limits=(0.0, high))
+        q = search.fake_quantize(x, static, (0.0, high)) @ search.fake_quantize_weight(weight, static).t()
+        y = x @ weight.t()
+        lost = (x - x.clamp(-high if symmetric else 0.0, high)) @ search.fake_quantize_weight(weight, static).t()
+        energy = y.square().sum(1)
+        each = (q - y).square().sum(1) + (search.CLIPPED - 1) * lost.square().sum(1)
+        expected = (each / (energy + energy.sort().values[31])).mean()
+        assert made.error(choice) == pytest.approx(float(expected), rel=1e-3), high
+
+
 @pytest.mark.parametrize("activations", ["per_token", "per_tensor", "static"])
 def test_the_columns_that_cause_most_error_are_found(activations: str) -> None:
     made = trial(Scheme(activations=activations, outliers="static", smoothing="none"))
@@ -305,7 +322,7 @@ def test_with_a_range_per_token_columns_are_those_of_most_energy() -> None:
 def test_a_call_may_be_capped_where_a_rare_token_would_set_the_range() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(600, 128, generator=generator)
-    x[::300] *= 3.0  # rare tokens a little out of line: clipping them costs less than their range
+    x[::300, 5] *= 100.0  # rare tokens far out of line: clipping them costs less than their range
     weights = [torch.randn(48, 128, generator=generator)]
     capped, free = (
         Trial(
@@ -326,7 +343,7 @@ def test_alpha_is_searched_by_the_error_it_leaves(activations: str) -> None:
     best = made.best(made.smoothings())
     plain = made.tried(Choice(made.exponents("rms", None)))
     assert best.alpha is not None
-    assert best.error < 0.2 * plain.error
+    assert best.error < 0.4 * plain.error
     assert best.error == min(made.tried(c).error for c in made.smoothings())
 
 

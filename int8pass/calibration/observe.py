@@ -16,7 +16,7 @@ from int8pass.calibration.session import Session, kept_rows
 from int8pass.calibration.statistics import ChannelStatistics
 from int8pass.errors import CalibrationError
 
-SAMPLE, EXTREME = 256, 64
+SAMPLE, EXTREME = 256, 128
 """Tokens of a site that choices are tried on: evenly spaced ones, and those that leave their channels' ranges most."""
 
 
