@@ -115,7 +115,7 @@ def match(program: Program, recipe: Recipe) -> Matches:
             continue
         refused = _refuse(node, program, recipe, mutated)
         weight = program.constants.get(node.args[1])
-        path = weight.label.removesuffix(".T").removesuffix(".weight") if weight else module_path(node)
+        path = _path(node, weight)
         if refused or weight is None:
             reason = refused or "its weight is computed in the graph"
             refusals.append(Refusal(module_path(node) or path, reason, node, asked=refused == _HEAD))
@@ -222,6 +222,14 @@ def producer_of(source: fx.Node) -> Producer:
     if name == "mul" and any(op_name(a) in ACTIVATIONS for a in source.args):
         return "gate product"
     return "tensor"
+
+
+def _path(node: fx.Node, weight: Constant | None) -> str:
+    """The path of a linear: its weight's, so that linears of one module differ. An output head's is its module's: the
+    name of a weight that it shares with an embedding depends on who captured the model."""
+    if weight is None or (is_head(node) and node.meta.get("nn_module_stack")):
+        return module_path(node)
+    return weight.label.removesuffix(".T").removesuffix(".weight")
 
 
 def module_path(node: fx.Node) -> str:

@@ -14,6 +14,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import int8pass
 from int8pass import folds
+from int8pass.calibration import Calibration, observe
 from int8pass.errors import CalibrationError, CalibrationWarning, OptionError
 from int8pass.recipe import CALIBRATED, Recipe
 
@@ -373,3 +374,44 @@ def test_gptq_codes_travel_with_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "recipe.json.pt").write_bytes(b"PK")
     with pytest.raises(int8pass.errors.RecipeError, match="holds the rounded codes"):
         Recipe.load(path)
+
+
+class Tied(nn.Module):
+    """A model whose head reads the embedding's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.inner, self.norm = nn.Embedding(48, 32), nn.Linear(32, 32), nn.LayerNorm(32)
+        self.head = nn.Linear(32, 48, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.norm(self.inner(self.embed(ids))))
+
+
+def test_a_head_that_shares_the_embedding_has_one_name_however_it_is_captured(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tied = Tied().eval().requires_grad_(False)
+    data = [torch.randint(0, 48, (2, 9), generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    start = dataclasses.replace(Recipe.preset("smoothquant-o3"), quantize_head=True)
+    found = int8pass.calibrate(tied, data, start)
+    assert sorted(found.sites) == ["head", "inner"]
+    assert sorted(found.tensors) == ["head", "inner"]
+    assert relative_error(run_pass(tied, data[0], found).output, tied(data[0])) < 0.05
+    made = int8pass.export_onnx(tied, data[0], tmp_path / "m.onnx", recipe=found, target="portable", quantize_head=True)
+    assert sorted(made.linears) == ["head", "inner"]
+
+
+def test_hessians_are_summed_once_for_all_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    sums = []
+    counted = observe.hessians
+    monkeypatch.setattr(observe, "hessians", lambda *a: sums.append(sorted(a[2])) or counted(*a))
+    planted = model()
+    seen = Calibration(planted, BATCHES, hold_out=False)
+    start = Recipe.preset("smoothquant-o1").override(alpha=0.5, rounding="gptq")
+    first = seen.recipe(start)
+    again = seen.recipe(start.override(alpha=0.7))
+    assert sums == [["down", "up"]]
+    alone = int8pass.calibrate(planted, BATCHES, start.override(alpha=0.7))
+    assert len(first.tensors) == 2
+    assert all(bool((again.tensors[n] == alone.tensors[n]).all()) for n in ("up", "down"))

@@ -299,6 +299,22 @@ def test_what_a_range_clips_counts_more_than_rounding(symmetric: bool) -> None:
         assert made.error(choice) == pytest.approx(float(expected), rel=1e-3), high
 
 
+def test_what_was_seen_is_clipped_only_where_that_pays() -> None:
+    for spike, clipped in ((1.0, False), (100.0, True)):
+        x = torch.randn(600, 128, generator=torch.Generator().manual_seed(0))
+        x[::300, 5] *= spike
+        static = Scheme(activations="static", smoothing="none", outliers="none", clipping="output")
+        weights = [torch.randn(48, 128, generator=torch.Generator().manual_seed(1))]
+        made = Trial(evenly(x), weights, static, of(x), None)
+        plain = made.tried(Choice(torch.zeros(128, dtype=torch.float64)))
+        best = made.clipped(plain)
+        assert best.limits is not None
+        assert plain.limits is not None
+        assert (best.limits[1] < plain.limits[1]) is clipped
+        if clipped:
+            assert plain.error > search.WORTH * best.error
+
+
 @pytest.mark.parametrize("activations", ["per_token", "per_tensor", "static"])
 def test_the_columns_that_cause_most_error_are_found(activations: str) -> None:
     made = trial(Scheme(activations=activations, outliers="static", smoothing="none"))

@@ -117,6 +117,7 @@ class Calibration:
             raise CalibrationError("no site was found: nothing in this model can be quantized (see int8pass.inspect)")
         self._samples = observe.samples(self._session, self._held, self._statistics, progress)
         self._sites = _reached(self._session.sites, self._statistics, self._samples)
+        self._hessians: dict[str, Tensor] = {}
 
     def recipe(
         self,
@@ -134,7 +135,7 @@ class Calibration:
         budgeted = cost is not None or error is not None
         if (budgeted or _searches(start)) and not self._holds_out:
             raise CalibrationError("this recipe searches, and no batch was held out (hold_out=True)")
-        work = _Work(self._session, start, self._statistics, self._samples, columns, progress)
+        work = _Work(self._session, start, self._statistics, self._samples, self._hessians, columns, progress)
         if budgeted:
             settings = work.within(self._sites, self._held, cost, error)
         else:
@@ -172,10 +173,12 @@ class _Work:
         recipe: Recipe,
         statistics: Mapping[str, ChannelStatistics],
         samples: Mapping[str, Sample],
+        hessians: dict[str, Tensor],
         columns: int | None,
         progress: Progress,
     ) -> None:
         self._session, self._recipe, self._progress = session, recipe, progress
+        self._hessians = hessians
         self._statistics, self._samples, self._columns = statistics, samples, columns
 
     def _scheme(self, name: str) -> Scheme:
@@ -309,14 +312,24 @@ class _Work:
             return {}
         made: dict[str, Tensor] = {}
         done = 0
-        for group in _within_bytes({name: 4 * sites[name].width ** 2 for name in sorted(names)}, HESSIANS):
-            seconds = observe.hessians(self._session, batches, set(group), self._progress)
+        groups = _within_bytes({name: 4 * sites[name].width ** 2 for name in sorted(names)}, HESSIANS)
+        for group in groups:
+            seconds = self._seconds(set(group), batches, keep=len(groups) == 1)
             for name in group:
                 self._progress("round weights", done, len(names))
                 made |= _rounded(sites[name], seconds.pop(name), recipe.at(name), self._scheme(name))
                 done += 1
         self._progress("round weights", done, len(names))
         return made
+
+    def _seconds(self, names: set[str], batches: Sequence[Any], keep: bool) -> dict[str, Tensor]:
+        """Hessians of sites, which no recipe changes: kept for the next one where all fit."""
+        missing = names - set(self._hessians)
+        found = observe.hessians(self._session, batches, missing, self._progress) if missing else {}
+        known = {name: self._hessians[name] for name in names - missing}
+        if keep:
+            self._hessians.update(found)
+        return known | found
 
 
 def _by_count(trial: Trial, count: int) -> list[Choice]:
