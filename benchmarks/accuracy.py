@@ -43,6 +43,7 @@ from benchmarks.peers import PEERS
 from int8pass import Recipe, hub, measure
 from int8pass.calibration import Calibration
 from int8pass.calibration.session import Session
+from int8pass.recipe_file import written_whole
 
 RESULTS = Path("benchmarks/results/accuracy.json")
 CALIBRATION = slice(36, 132)
@@ -64,9 +65,9 @@ def preset(name: str, **fields: Any) -> Recipe:
     return Recipe.preset(name).override(**fields)
 
 
-def split(name: str) -> Recipe:
-    """A preset with static outlier columns."""
-    return preset(name, outliers="static")
+def split(name: str, **fields: Any) -> Recipe:
+    """A preset with static outlier columns, and fields of its scheme changed."""
+    return preset(name, outliers="static", **fields)
 
 
 SCHEMES = (
@@ -76,20 +77,10 @@ SCHEMES = (
     Scheme("auto", preset("auto")),
     Scheme("smoothquant-o2", preset("smoothquant-o2")),
     Scheme("smoothquant-o2 + 32 columns", split("smoothquant-o2"), 32),
-    Scheme("smoothquant-o3 + 64 columns", split("smoothquant-o3"), 64),
-    Scheme("smoothquant-o2 + 64 columns", split("smoothquant-o2"), 64),
     Scheme("smoothquant-o3, weights to nearest", preset("smoothquant-o3", rounding="nearest")),
     Scheme("smoothquant-o2, weights to nearest", preset("smoothquant-o2", rounding="nearest")),
-    Scheme(
-        "smoothquant-o3 + 32 columns, weights to nearest",
-        preset("smoothquant-o3", outliers="static", rounding="nearest"),
-        32,
-    ),
-    Scheme(
-        "smoothquant-o2 + 32 columns, weights to nearest",
-        preset("smoothquant-o2", outliers="static", rounding="nearest"),
-        32,
-    ),
+    Scheme("smoothquant-o3 + 32 columns, weights to nearest", split("smoothquant-o3", rounding="nearest"), 32),
+    Scheme("smoothquant-o2 + 32 columns, weights to nearest", split("smoothquant-o2", rounding="nearest"), 32),
     Scheme("smoothquant-o2, range of the call alone", preset("smoothquant-o2", clipping="minmax")),
     Scheme("llm.int8", preset("llm.int8"), calibrated=False),
     Scheme("w8a8", preset("w8a8"), calibrated=False),
@@ -125,15 +116,8 @@ STRESSED = (
     "smoothquant-o3", "smoothquant-o3 + 32 columns", "auto", "llm.int8", "outlier-columns", "default",
 )  # fmt: skip
 ENCODED = (
-    "w8a8",
-    "smoothquant-o1",
-    "smoothquant-o2",
-    "smoothquant-o3",
-    "auto",
-    "llm.int8",
-    "outlier-columns",
-    "default",
-)
+    "w8a8", "smoothquant-o1", "smoothquant-o2", "smoothquant-o3", "auto", "llm.int8", "outlier-columns", "default",
+)  # fmt: skip
 
 SCHEMES_OF = {"smollm2": tuple(s.name for s in SCHEMES), "stress": STRESSED, "minilm": ENCODED}
 
@@ -161,9 +145,8 @@ class Log:
     def add(self, **row: Any) -> None:
         """Add a row and write the file whole."""
         self.report["rows"].append({**row, **self._row})
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.report, indent=1) + "\n")
-        part.replace(self.path)
+        with written_whole(self.path) as part:
+            part.write_text(json.dumps(self.report, indent=1) + "\n")
         self.console.print({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()})
 
 

@@ -24,11 +24,12 @@ import int8pass
 from benchmarks.accuracy import LENGTH, Bars, progress_bars
 from int8pass import Recipe, hub, measure
 from int8pass.calibration import Calibration
+from int8pass.recipe import CALIBRATED
+from int8pass.recipe_file import written_whole
 
 RESULTS = Path("benchmarks/results/scheme_times.json")
 BASE, FLOAT = "w8a8", "bf16 Inductor"
 SCHEMES = (BASE, "auto", "smoothquant-o1", "outlier-columns", "default")
-CALIBRATED = {"auto", "smoothquant-o1", "outlier-columns"}
 DECODED, ROUNDS = 16, 15
 
 
@@ -101,9 +102,8 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "rows": found,
     }
-    part = args.out.with_suffix(".part")
-    part.write_text(json.dumps(report, indent=1) + "\n")
-    part.replace(args.out)
+    with written_whole(args.out) as part:
+        part.write_text(json.dumps(report, indent=1) + "\n")
     Console().print(table(report))
 
 
