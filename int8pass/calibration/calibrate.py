@@ -55,8 +55,8 @@ def calibrate(
         recipe: what to start from: a preset name, a `Recipe` or the path of one. Its schemes say what is done.
         columns: float columns per site with `outliers="static"` (default: the scheme's capacity, or a twelfth of the
             site's channels, 16 to 128). Where one range serves a whole tensor and α is searched, on average (default
-            64): a site gets more, fewer or none. "auto"
-            with a number of columns has no budget: it smooths every site and gives it that many.
+            64): a site gets more, fewer or none. "auto" with a number of columns has no budget: it smooths every site
+            and gives it that many.
         cost: choose {leave, smooth, split, both, keep 16-bit} for every site such that all together cost at most this
             multiple of plain int8 (`int8pass.calibration.budget`); 1.1 for the preset "auto".
         error: or stop where the mean relative error of the sites' outputs is this small.
@@ -206,11 +206,11 @@ class _Work:
         for done, info in enumerate(sites.values()):
             self._progress("choose", done, len(sites))
             scheme = self._scheme(info.name)
-            trial, average = self._trial(info, scheme), self._count(scheme, info.width, 64)
-            if average and scheme.alpha is None and scheme.activations in {"static", "per_tensor"}:
-                shared.setdefault(average, {})[info.name] = _by_count(trial, average)
+            shares = scheme.alpha is None and scheme.activations in {"static", "per_tensor"}
+            trial, count = self._trial(info, scheme), self._count(scheme, info.width, 64 if shares else None)
+            if count and shares:
+                shared.setdefault(count, {})[info.name] = _by_count(trial, count)
             else:
-                count = self._count(scheme, info.width)
                 settings[info.name] = self._settings(info.name, trial.best(trial.smoothings(), count), scheme)
         for count, options in shared.items():
             for name, choice in budget.allotted(options, count).items():

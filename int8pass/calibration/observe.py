@@ -106,17 +106,16 @@ def samples(
             found.setdefault(name, []).append(_sample(rows.float(), absmax, each, extreme))
 
     over(session, batches, "sample", progress, visit)
-    own = {name: (torch.cat([p.rows for p in parts]).cpu(), torch.cat([p.weights for p in parts]).cpu())
-           for name, parts in found.items()}  # fmt: skip
-    joined: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for other in gathered(own):
+    joined: dict[str, list[Sample]] = {}
+    for other in gathered({name: _merged(parts, "cpu") for name, parts in found.items()}):
         for name, part in other.items():
             joined.setdefault(name, []).append(part)
-    made = {}
-    for name, pairs in joined.items():
-        device = found[name][0].rows.device if name in found else torch.device("cpu")
-        made[name] = Sample(*(torch.cat(of).to(device) for of in zip(*pairs)))
-    return made
+    devices = {name: parts[0].rows.device for name, parts in found.items()}
+    return {name: _merged(parts, devices.get(name, "cpu")) for name, parts in joined.items()}
+
+
+def _merged(parts: Sequence[Sample], device: torch.device | str) -> Sample:
+    return Sample(*(torch.cat(of).to(device) for of in zip(*((part.rows, part.weights) for part in parts))))
 
 
 def _sample(rows: Tensor, absmax: Tensor, each: int, extreme: int) -> Sample:

@@ -114,7 +114,8 @@ class Trial:
                 lost = torch.stack([(beyond[rows] @ weight).square().sum(1) for weight, _ in products]).sum(0)
                 error += (CLIPPED - 1) * (lost * self._token[rows]).sum()
             found.append(error)
-        return [float(error) for error in torch.stack(found).tolist()]
+        errors: list[float] = torch.stack(found).tolist()
+        return errors
 
     def tried(self, choice: Choice) -> Choice:
         """`choice` with its range and its error."""

@@ -22,8 +22,8 @@ from int8pass.normalize import normalize
 from int8pass.pipeline import Facts, to_portable
 from int8pass.recipe import Recipe
 
-Visit = Callable[[str, Tensor], "Tensor | None"]
-"""Called with a site's name and its input `[..., K]`; what it returns, if anything, takes the input's place."""
+Visit = Callable[[str, Tensor], None]
+"""Called with a site's name and its input `[..., K]`."""
 
 
 @dataclass
@@ -171,8 +171,7 @@ class _Float(_Execute):
         """Run a node; if a site reads its value, show it."""
         result = super().run_node(n)
         if self._visit is not None and n in self._sources and isinstance(result, Tensor):
-            replaced = self._visit(self._sources[n], result)
-            return result if replaced is None else replaced
+            self._visit(self._sources[n], result)
         return result
 
 
