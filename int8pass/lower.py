@@ -7,7 +7,6 @@ fallback), and the compiled callable takes the inputs of the original graph.
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -53,7 +52,7 @@ def choose_implementations(program: Program) -> Counter[tuple[str, str]]:
 
 def _prepack(node: fx.Node, op: registry.Op, prepack: registry.Prepack, edit: Edit) -> None:
     """Give an implementation the argument it prefers, if the one in the graph is a constant."""
-    position = list(inspect.signature(op.reference).parameters).index(prepack.parameter)
+    position = op.position(prepack)
     constant = edit.constant(node.args[position])
     if constant is not None:
         options = prepack.options(*fx.node.map_arg(node.args, lambda n: n.meta["val"]))

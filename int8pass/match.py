@@ -227,9 +227,11 @@ def producer_of(source: fx.Node) -> Producer:
 def _path(node: fx.Node, weight: Constant | None) -> str:
     """The path of a linear: its weight's, so that linears of one module differ. An output head's is its module's: the
     name of a weight that it shares with an embedding depends on who captured the model."""
-    if weight is None or (is_head(node) and node.meta.get("nn_module_stack")):
-        return module_path(node)
-    return weight.label.removesuffix(".T").removesuffix(".weight")
+    module = module_path(node)
+    if weight is None:
+        return module
+    path = weight.label.removesuffix(".T").removesuffix(".weight")
+    return module if path != module and node.meta.get("nn_module_stack") and is_head(node) else path
 
 
 def module_path(node: fx.Node) -> str:

@@ -90,6 +90,10 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         return self.overload(*args)
 
+    def position(self, prepack: Prepack) -> int:
+        """Where the argument that an implementation would rather have prepacked stands."""
+        return list(inspect.signature(self.reference).parameters).index(prepack.parameter)
+
     def impl(
         self,
         target: str,

@@ -6,7 +6,6 @@ around it works on rows; left to the fusion, every kernel near it would recomput
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -108,7 +107,7 @@ def _chosen(op: Op, *args: Any) -> Any:
     """The result of the implementation that takes these arguments; nothing in them was made for it in advance."""
     chosen = op.choose("cpu", args)
     if chosen.prepack is not None:
-        position = list(inspect.signature(op.reference).parameters).index(chosen.prepack.parameter)
+        position = op.position(chosen.prepack)
         packed = chosen.prepack.compute(args[position], *chosen.prepack.options(*args))
         args = (*args[:position], packed, *args[position + 1 :])
     return chosen.function(*args)
