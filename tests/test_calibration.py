@@ -376,32 +376,6 @@ def test_gptq_codes_travel_with_the_recipe(tmp_path: Path) -> None:
         Recipe.load(path)
 
 
-class Tied(nn.Module):
-    """A model whose head reads the embedding's weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.inner, self.norm = nn.Embedding(48, 32), nn.Linear(32, 32), nn.LayerNorm(32)
-        self.head = nn.Linear(32, 48, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.norm(self.inner(self.embed(ids))))
-
-
-def test_a_head_that_shares_the_embedding_has_one_name_however_it_is_captured(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    tied = Tied().eval().requires_grad_(False)
-    data = [torch.randint(0, 48, (2, 9), generator=torch.Generator().manual_seed(i)) for i in range(4)]
-    start = dataclasses.replace(Recipe.preset("smoothquant-o3"), quantize_head=True)
-    found = int8pass.calibrate(tied, data, start)
-    assert sorted(found.sites) == ["head", "inner"]
-    assert sorted(found.tensors) == ["head", "inner"]
-    assert relative_error(run_pass(tied, data[0], found).output, tied(data[0])) < 0.05
-    made = int8pass.export_onnx(tied, data[0], tmp_path / "m.onnx", recipe=found, target="portable", quantize_head=True)
-    assert sorted(made.linears) == ["head", "inner"]
-
-
 def test_hessians_are_summed_once_for_all_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
     sums = []
     counted = observe.hessians
