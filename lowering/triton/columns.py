@@ -226,13 +226,9 @@ class Search:
     threshold: float
     low: int
 
-    def floor(self) -> int:
-        """The threshold as the bits of the float it is."""
-        return int(struct.unpack("<i", struct.pack("<f", max(0.0, self.threshold)))[0])
-
     def arguments(self) -> tuple[Any, ...]:
         """Run-time arguments of a search kernel."""
-        return self.bits, self.floor()
+        return self.bits, floor_of(self.threshold)
 
     def constants(self) -> dict[str, Any]:
         """Its constants."""
@@ -248,18 +244,31 @@ class Search:
         overflow = torch.empty(1, dtype=torch.int32, device=marks.device)  # of no dimension, Inductor would fill it
         block = triton.next_power_of_2(k)
         wrap_triton(_choose_columns_kernel)[(1,)](
-            self.bits, marks, columns, overflow, self.floor(),
+            self.bits, marks, columns, overflow, floor_of(self.threshold),
             K=k, R=r, LOW=self.low, THRESHOLD=self.threshold > 0.0, BLOCK=block,
             BLOCK_R=triton.next_power_of_2(r), num_warps=max(1, min(16, block // 256)),
         )  # fmt: skip
         return Split(r, marks), columns, overflow.view(())
 
 
-def search(width: int, capacity: int, threshold: float, dtype: torch.dtype, device: torch.device) -> Search:
-    """Memory for a search among `width` channels of `dtype` values."""
-    r = min(capacity, width)
+def floor_of(threshold: float) -> int:
+    """A threshold as the bits of the float it is."""
+    return int(struct.unpack("<i", struct.pack("<f", max(0.0, threshold)))[0])
+
+
+def search(
+    width: int,
+    capacity: int,
+    threshold: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    bits: Tensor | None = None,
+) -> Search:
+    """Memory for a search among `width` channels of `dtype` values; or its `bits`, filled by then."""
     low = {torch.bfloat16: 16, torch.float16: 13}.get(dtype, 0)
-    return Search(torch.zeros(width + 2, dtype=torch.int32, device=device), width, r, threshold, low)
+    if bits is None:
+        bits = torch.zeros(width + 2, dtype=torch.int32, device=device)
+    return Search(bits, width, min(capacity, width), threshold, low)
 
 
 def _by_topk(absmax: Tensor, r: int, threshold: float) -> tuple[Split, Tensor, Tensor]:

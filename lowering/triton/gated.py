@@ -13,9 +13,14 @@ from lowering.ops.act import gated_linear_quantize, gated_linear_quantize_dynami
 from lowering.ops.linear import linear_w8a8
 from lowering.registry import Prepack
 from lowering.triton.act import CODE, act_mul_quantize_rows, act_mul_quantize_rows_dynamic
-from lowering.triton.columns import PREPACKED_COLUMNS
+from lowering.triton.columns import PREPACKED_COLUMNS, floor_of, search
 from lowering.triton.linear import _fills_hopper, _fits_w8a8, wgmma_product
-from lowering.triton.quantize import quantize_rows, split_quantize_rows, split_quantize_rows_dynamic
+from lowering.triton.quantize import (
+    quantize_found,
+    quantize_rows,
+    split_quantize_rows,
+    split_quantize_rows_dynamic,
+)
 
 # Activations that the epilogue knows: it has no error function.
 IN_EPILOGUE = ("silu", "gelu_tanh", "relu", "sigmoid")
@@ -114,7 +119,7 @@ def gated_linear_wgmma(
     linear = (
         codes, scale, zero_point, weight, weight_scale, weight_sum, bias, outliers, outlier_weight, columns, dtype
     )  # fmt: skip
-    product = wgmma_product(*linear, CODE[act])
+    product, _ = wgmma_product(*linear, CODE[act])
     if split_columns is None:
         return (*quantize_rows(product, symmetric), product.new_empty((*product.shape[:-1], 0)))
     return split_quantize_rows(product, split_columns, symmetric)
@@ -138,9 +143,13 @@ def gated_linear_wgmma_dynamic(
     threshold: float,
     symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The product comes out of the linear."""
+    """The product comes out of the linear, and under a threshold what is to know of its columns."""
     linear = (
         codes, scale, zero_point, weight, weight_scale, weight_sum, bias, outliers, outlier_weight, columns, dtype
     )  # fmt: skip
-    product = wgmma_product(*linear, CODE[act])
-    return split_quantize_rows_dynamic(product, capacity, threshold, symmetric)
+    if threshold <= 0.0:
+        product, _ = wgmma_product(*linear, CODE[act])
+        return split_quantize_rows_dynamic(product, capacity, threshold, symmetric)
+    product, bits = wgmma_product(*linear, CODE[act], floor_of(threshold))
+    found = search(product.shape[-1], capacity, threshold, dtype, product.device, bits)
+    return quantize_found(product, found, symmetric)

@@ -39,6 +39,7 @@ BUFFERS = 4
 NARROW_BUFFERS = 6  # of 32 KB
 OUTLIERS = BLOCK_K // 2  # 16-bit columns that one step holds
 WARPS = 8
+LOADER_REGISTERS = 24  # of its one warp; the others take what it leaves
 NO_ACTIVATION = -1
 _GL = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int8: gl.int8}
 
@@ -53,42 +54,48 @@ def _position(tile, tiles_m, tiles_n, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def _issue(
-    step, steps, a, w, o, ow, a_ring, w0_ring, w1_ring, full, tiles_m, tiles_n,
+def _load(
+    a, w, o, ow, a_ring, w0_ring, w1_ring, full, free, M, N,
     K_STEPS: gl.constexpr, R: gl.constexpr, NEXT: gl.constexpr, SECOND: gl.constexpr, BUFFERS: gl.constexpr,
     BLOCK_M: gl.constexpr, HALF: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
-    """Start the loads of one step of this program, if there is such a step."""
-    per_tile: gl.constexpr = K_STEPS + (1 if R > 0 else 0)
-    tile_m, tile_n = _position(gl.program_id(0) + (step // per_tile) * gl.num_programs(0), tiles_m, tiles_n, GROUP)
-    m, n, k = tile_m * BLOCK_M, tile_n * NEXT, step % per_tile
+    """One warp: the loads of all tiles of this program, as far ahead as the ring has room."""
+    tiles_m = gl.cdiv(M, BLOCK_M)
+    tiles_n = gl.cdiv(N, NEXT)
     halves: gl.constexpr = 2 if WIDE else 1
-    slot = step % BUFFERS
-    bar = full.index(slot)
-    if R > 0:
-        inner = (step < steps) & (k < K_STEPS)
-        outer = (step < steps) & (k == K_STEPS)
-        kind: gl.constexpr = o.dtype
-        wide: gl.constexpr = o.layout
-        depth: gl.constexpr = o.block_type.shape[1]
-        mbarrier.expect(bar, (BLOCK_M + halves * HALF) * depth * 2, pred=outer)
-        tma.async_copy_global_to_shared(
-            o, [m, 0], bar, a_ring.index(slot)._reinterpret(kind, [BLOCK_M, depth], wide), pred=outer
-        )
-        tma.async_copy_global_to_shared(
-            ow, [n, 0], bar, w0_ring.index(slot)._reinterpret(kind, [HALF, depth], wide), pred=outer
-        )
-        if WIDE:
+    step = 0
+    for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+        tile_m, tile_n = _position(tile, tiles_m, tiles_n, GROUP)
+        m, n = tile_m * BLOCK_M, tile_n * NEXT
+        for k in range(K_STEPS):
+            slot = step % BUFFERS
+            bar = full.index(slot)
+            mbarrier.wait(free.index(slot), ((step // BUFFERS) & 1) ^ 1)
+            mbarrier.expect(bar, (BLOCK_M + halves * HALF) * BLOCK_K)
+            tma.async_copy_global_to_shared(a, [m, k * BLOCK_K], bar, a_ring.index(slot))
+            tma.async_copy_global_to_shared(w, [n, k * BLOCK_K], bar, w0_ring.index(slot))
+            if WIDE:
+                tma.async_copy_global_to_shared(w, [n + SECOND, k * BLOCK_K], bar, w1_ring.index(slot))
+            step += 1
+        if R > 0:
+            kind: gl.constexpr = o.dtype
+            wide: gl.constexpr = o.layout
+            depth: gl.constexpr = o.block_type.shape[1]
+            slot = step % BUFFERS
+            bar = full.index(slot)
+            mbarrier.wait(free.index(slot), ((step // BUFFERS) & 1) ^ 1)
+            mbarrier.expect(bar, (BLOCK_M + halves * HALF) * depth * 2)
             tma.async_copy_global_to_shared(
-                ow, [n + SECOND, 0], bar, w1_ring.index(slot)._reinterpret(kind, [HALF, depth], wide), pred=outer
+                o, [m, 0], bar, a_ring.index(slot)._reinterpret(kind, [BLOCK_M, depth], wide)
             )
-    else:
-        inner = step < steps
-    mbarrier.expect(bar, (BLOCK_M + halves * HALF) * BLOCK_K, pred=inner)
-    tma.async_copy_global_to_shared(a, [m, k * BLOCK_K], bar, a_ring.index(slot), pred=inner)
-    tma.async_copy_global_to_shared(w, [n, k * BLOCK_K], bar, w0_ring.index(slot), pred=inner)
-    if WIDE:
-        tma.async_copy_global_to_shared(w, [n + SECOND, k * BLOCK_K], bar, w1_ring.index(slot), pred=inner)
+            tma.async_copy_global_to_shared(
+                ow, [n, 0], bar, w0_ring.index(slot)._reinterpret(kind, [HALF, depth], wide)
+            )
+            if WIDE:
+                tma.async_copy_global_to_shared(
+                    ow, [n + SECOND, 0], bar, w1_ring.index(slot)._reinterpret(kind, [HALF, depth], wide)
+                )
+            step += 1
 
 
 @gluon.jit
@@ -147,9 +154,22 @@ def _store(c, staging, y, m, n):
 
 
 @gluon.jit
+def _raise_absmax(bits, floor, y, first, N, LAYOUT: gl.constexpr):
+    """`lowering.triton.columns.raise_absmax` for a tile of results, value by value: few are above the threshold."""
+    n = first + gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+    value = y.to(gl.float32).to(gl.int32, bitcast=True) & 0x7FFFFFFF
+    at = bits + gl.zeros_like(value) + n[None, :]
+    high = (value > floor) & (n < N)[None, :]
+    high &= value > gl.load(at, mask=high, other=0, cache_modifier=".cg")
+    before = gl.atomic_max(at, value, mask=high, sem="relaxed")
+    count = bits + N + gl.zeros_like(value)
+    gl.atomic_add(count, gl.full_like(value, 1), mask=high & (before <= floor), sem="relaxed")
+
+
+@gluon.jit
 def _write(
     left, right, o, ow0, ow1, c, staging, scale, scale_stride, zero_point, zero_point_stride,
-    weight_scale, weight_sum, bias, M, rows, m, n,
+    weight_scale, weight_sum, bias, bits, floor, M, N, rows, m, n,
     R: gl.constexpr, CODES: gl.constexpr, ACT: gl.constexpr, SECOND: gl.constexpr,
     BLOCK_M: gl.constexpr, HALF: gl.constexpr, OUT: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
@@ -177,51 +197,36 @@ def _write(
             right, token, zero, zero_point, weight_scale, weight_sum, bias, n + SECOND, rows, o, ow1,
             R, CODES, HALF, OUT,
         )  # fmt: skip
-        _store(c, staging, (gate.to(gl.float32) * y.to(c.dtype).to(gl.float32)).to(c.dtype), m, n)
+        product = (gate.to(gl.float32) * y.to(c.dtype).to(gl.float32)).to(c.dtype)
+        _store(c, staging, product, m, n)
+        if bits is not None:
+            _raise_absmax(bits, floor, product, n, N, OUT)
 
 
 @gluon.jit
-def _linear_w8a8_wgmma(
-    a, w, o, ow, c, scale, scale_stride, zero_point, zero_point_stride, weight_scale, weight_sum, bias,
-    M, N, rows,
-    K: gl.constexpr, R: gl.constexpr, CODES: gl.constexpr, ACT: gl.constexpr,
+def _multiply(
+    a_ring, w0_ring, w1_ring, full, free, staging, o, c, scale, scale_stride, zero_point, zero_point_stride,
+    weight_scale, weight_sum, bias, bits, floor, M, N, rows,
+    K_STEPS: gl.constexpr, R: gl.constexpr, CODES: gl.constexpr, ACT: gl.constexpr,
     NEXT: gl.constexpr, SECOND: gl.constexpr, BUFFERS: gl.constexpr,
-    BLOCK_M: gl.constexpr, HALF: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr, WIDE: gl.constexpr,
+    BLOCK_M: gl.constexpr, HALF: gl.constexpr, GROUP: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
-    """`N` columns of the result, `rows` of the weight. Tiles start `NEXT` columns apart, the halves `SECOND` rows."""
+    """The other warps: products of what has come, and the results."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, HALF, 32]
     )
     OUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, HALF, 16]
     )
-    a_ring = gl.allocate_shared_memory(gl.int8, [BUFFERS, BLOCK_M, BLOCK_K], a.layout)
-    w0_ring = gl.allocate_shared_memory(gl.int8, [BUFFERS, HALF, BLOCK_K], w.layout)
-    w1_ring = w0_ring
-    if WIDE:
-        w1_ring = gl.allocate_shared_memory(gl.int8, [BUFFERS, HALF, BLOCK_K], w.layout)
-    staging = gl.allocate_shared_memory(c.dtype, [BLOCK_M, HALF], c.layout)
-    full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(BUFFERS):
-        mbarrier.init(full.index(i), count=1)
     tiles_m = gl.cdiv(M, BLOCK_M)
     tiles_n = gl.cdiv(N, NEXT)
-    K_STEPS: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    per_tile: gl.constexpr = K_STEPS + (1 if R > 0 else 0)
-    steps = gl.cdiv(tiles_m * tiles_n - gl.program_id(0), gl.num_programs(0)) * per_tile
-    for i in gl.static_range(BUFFERS - 1):
-        _issue(
-            i, steps, a, w, o, ow, a_ring, w0_ring, w1_ring, full, tiles_m, tiles_n,
-            K_STEPS, R, NEXT, SECOND, BUFFERS, BLOCK_M, HALF, BLOCK_K, GROUP, WIDE,
-        )  # fmt: skip
     step = 0
-    while step < steps:
-        tile = gl.program_id(0) + (step // per_tile) * gl.num_programs(0)
+    for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         tile_m, tile_n = _position(tile, tiles_m, tiles_n, GROUP)
         m, n = tile_m * BLOCK_M, tile_n * NEXT
         left = gl.zeros([BLOCK_M, HALF], gl.int32, ACC)
         right = gl.zeros([BLOCK_M, HALF], gl.int32, ACC)
-        for _ in range(K_STEPS):
+        for k in range(K_STEPS):
             slot = step % BUFFERS
             mbarrier.wait(full.index(slot), (step // BUFFERS) & 1)
             left = warpgroup_mma(a_ring.index(slot), w0_ring.index(slot).permute((1, 0)), left, is_async=True)
@@ -231,26 +236,18 @@ def _linear_w8a8_wgmma(
                 left, right = warpgroup_mma_wait(num_outstanding=2, deps=(left, right))
             else:
                 left = warpgroup_mma_wait(num_outstanding=1, deps=(left,))
-            _synchronize()
-            _issue(
-                step + BUFFERS - 1, steps, a, w, o, ow, a_ring, w0_ring, w1_ring, full,
-                tiles_m, tiles_n, K_STEPS, R, NEXT, SECOND, BUFFERS, BLOCK_M, HALF, BLOCK_K, GROUP, WIDE,
-            )  # fmt: skip
+            mbarrier.arrive(free.index((step + BUFFERS - 1) % BUFFERS), count=1, pred=k > 0)
             step += 1
         if WIDE:
             left, right = warpgroup_mma_wait(num_outstanding=0, deps=(left, right))
         else:
             left = warpgroup_mma_wait(num_outstanding=0, deps=(left,))
+        mbarrier.arrive(free.index((step + BUFFERS - 1) % BUFFERS), count=1)
         last = step % BUFFERS
         o_tile = a_ring.index(last)
         ow0 = w0_ring.index(last)
         ow1 = w1_ring.index(last)
         if R > 0:
-            _synchronize()
-            _issue(
-                step + BUFFERS - 1, steps, a, w, o, ow, a_ring, w0_ring, w1_ring, full, tiles_m, tiles_n,
-                K_STEPS, R, NEXT, SECOND, BUFFERS, BLOCK_M, HALF, BLOCK_K, GROUP, WIDE,
-            )  # fmt: skip
             mbarrier.wait(full.index(last), (step // BUFFERS) & 1)
             step += 1
             kind: gl.constexpr = o.dtype
@@ -261,9 +258,52 @@ def _linear_w8a8_wgmma(
             ow1 = ow1._reinterpret(kind, [HALF, depth], wide)
         _write(
             left, right, o_tile, ow0, ow1, c, staging, scale, scale_stride, zero_point, zero_point_stride,
-            weight_scale, weight_sum, bias, M, rows, m, n, R, CODES, ACT, SECOND, BLOCK_M, HALF, OUT, WIDE,
+            weight_scale, weight_sum, bias, bits, floor, M, N, rows, m, n,
+            R, CODES, ACT, SECOND, BLOCK_M, HALF, OUT, WIDE,
         )  # fmt: skip
+        if R > 0:
+            mbarrier.arrive(free.index(last), count=1)
     tma.store_wait(0)
+
+
+@gluon.jit
+def _linear_w8a8_wgmma(
+    a, w, o, ow, c, scale, scale_stride, zero_point, zero_point_stride, weight_scale, weight_sum, bias,
+    bits, floor, M, N, rows,
+    K: gl.constexpr, R: gl.constexpr, CODES: gl.constexpr, ACT: gl.constexpr,
+    NEXT: gl.constexpr, SECOND: gl.constexpr, BUFFERS: gl.constexpr,
+    BLOCK_M: gl.constexpr, HALF: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr, WIDE: gl.constexpr,
+    LOADER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """`N` columns of the result, `rows` of the weight. Tiles start `NEXT` columns apart, the halves `SECOND` rows."""
+    a_ring = gl.allocate_shared_memory(gl.int8, [BUFFERS, BLOCK_M, BLOCK_K], a.layout)
+    w0_ring = gl.allocate_shared_memory(gl.int8, [BUFFERS, HALF, BLOCK_K], w.layout)
+    w1_ring = w0_ring
+    if WIDE:
+        w1_ring = gl.allocate_shared_memory(gl.int8, [BUFFERS, HALF, BLOCK_K], w.layout)
+    staging = gl.allocate_shared_memory(c.dtype, [BLOCK_M, HALF], c.layout)
+    full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(BUFFERS):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(free.index(i), count=1)
+    fence_async_shared()
+    K_STEPS: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    gl.warp_specialize(
+        [
+            (_multiply, (
+                a_ring, w0_ring, w1_ring, full, free, staging, o, c, scale, scale_stride, zero_point,
+                zero_point_stride, weight_scale, weight_sum, bias, bits, floor, M, N, rows,
+                K_STEPS, R, CODES, ACT, NEXT, SECOND, BUFFERS, BLOCK_M, HALF, GROUP, WIDE,
+            )),
+            (_load, (
+                a, w, o, ow, a_ring, w0_ring, w1_ring, full, free, M, N,
+                K_STEPS, R, NEXT, SECOND, BUFFERS, BLOCK_M, HALF, BLOCK_K, GROUP, WIDE,
+            )),
+        ],
+        [1],
+        [LOADER_REGISTERS],
+    )  # fmt: skip
 
 
 def layout(rows: int, width: int, dtype: torch.dtype) -> Any:
@@ -290,14 +330,18 @@ def linear_wgmma(
     code_columns: bool,
     dtype: torch.dtype,
     act: int,
-) -> Tensor:
+    floor: int,
+) -> tuple[Tensor, Tensor]:
     """The linear of `codes[..., K]`; with `act` (a code of `lowering.triton.act`) the gated product of its halves.
 
-    With `code_columns` the outlier weights are columns of the codes `weight`, as `dtype`, and take its scale. An op of
-    its own and no traced launch: neither Inductor nor AOTAutograd knows Gluon.
+    With `code_columns` the outlier weights are columns of the codes `weight`, as `dtype`, and take its scale. The
+    second result is what a search for the product's outlier columns reads (`columns.Search`), those above `floor`, the
+    bits of a threshold; without one (-1) it is empty. An op of its own and no traced launch: neither Inductor nor
+    AOTAutograd knows Gluon.
     """
     n = weight.shape[0] if act == NO_ACTIVATION else weight.shape[0] // 2
     out = torch.empty((*codes.shape[:-1], n), dtype=dtype, device=codes.device)
+    bits = torch.zeros(0 if floor < 0 else n + 2, dtype=torch.int32, device=codes.device)
     if out.numel():
         zeros = None if zero_point is None else per_row(zero_point, codes)
         flat = None if outliers is None else _aligned(outliers.reshape(-1, outliers.shape[-1]))
@@ -305,8 +349,9 @@ def linear_wgmma(
             _aligned(codes.reshape(-1, codes.shape[-1])), per_row(scale, codes), zeros, _aligned(weight),
             weight_scale.contiguous(), weight_sum, bias, flat,
             None if outlier_weight is None else _aligned(outlier_weight), code_columns, out.view(-1, n), act,
+            None if floor < 0 else bits, floor,
         )  # fmt: skip
-    return out
+    return out, bits
 
 
 @linear_wgmma.register_fake
@@ -323,9 +368,11 @@ def _(
     code_columns: bool,
     dtype: torch.dtype,
     act: int,
-) -> Tensor:
+    floor: int,
+) -> tuple[Tensor, Tensor]:
     n = weight.shape[0] if act == NO_ACTIVATION else weight.shape[0] // 2
-    return codes.new_empty((*codes.shape[:-1], n), dtype=dtype)
+    bits = codes.new_empty(0 if floor < 0 else n + 2, dtype=torch.int32)
+    return codes.new_empty((*codes.shape[:-1], n), dtype=dtype), bits
 
 
 def _aligned(matrix: Tensor) -> Tensor:
@@ -344,7 +391,7 @@ def is_wide(m: int, n: int, multiprocessors: int) -> bool:
 def _launch(
     codes: Tensor, scale: Tensor, zero_point: Tensor | None, weight: Tensor, weight_scale: Tensor,
     weight_sum: Tensor | None, bias: Tensor | None, outliers: Tensor | None, outlier_weight: Tensor | None,
-    code_columns: bool, out: Tensor, act: int,
+    code_columns: bool, out: Tensor, act: int, bits: Tensor | None, floor: int,
 ) -> None:  # fmt: skip
     """`codes[M, K]`, `scale[M]`, `zero_point[M]`, `weight[N, K]` → `out[M, N]`, or the gated `[M, N / 2]`."""
     m, k = codes.shape
@@ -366,7 +413,7 @@ def _launch(
     _linear_w8a8_wgmma[(programs,)](
         a, w, o, ow, descriptor(out, BLOCK_M, HALF), scale, scale.stride(0),
         zero_point, 0 if zero_point is None else zero_point.stride(0), weight_scale, weight_sum, bias,
-        m, n, weight.shape[0], K=k, R=r, CODES=code_columns, ACT=act, NEXT=step, SECOND=second,
+        bits, floor, m, n, weight.shape[0], K=k, R=r, CODES=code_columns, ACT=act, NEXT=step, SECOND=second,
         BUFFERS=BUFFERS if wide else NARROW_BUFFERS, BLOCK_M=BLOCK_M, HALF=HALF, BLOCK_K=BLOCK_K, GROUP=GROUP,
-        WIDE=wide, num_warps=WARPS,
+        WIDE=wide, LOADER_REGISTERS=LOADER_REGISTERS, num_warps=WARPS,
     )  # fmt: skip

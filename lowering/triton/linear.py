@@ -385,7 +385,7 @@ def _fills_hopper(
 ) -> bool | str:  # fmt: skip
     """Whether the kernel of `lowering.triton.hopper` takes a product, and has the tiles to be the faster one.
 
-    Measured on one H100: from 1.9 tiles a multiprocessor on, or one if they are deep.
+    Measured on one H100: beyond 128 rows from 40 tiles on; with fewer rows, of which a tile is mostly empty, 250.
     """
     n, k = weight.shape
     if not on_hopper(codes.device):
@@ -403,7 +403,7 @@ def _fills_hopper(
     if found is not None:
         return found == WGMMA or f"{found} was measured to be faster"
     tiles = _count(rows, 128) * _count(n, step)
-    enough = 128 if k >= 8192 and codes.numel() >= 1024 * k else 250
+    enough = 40 if rows > 128 else 250
     return tiles >= enough or f"{tiles} tiles are too few for persistent programs"
 
 
@@ -436,15 +436,18 @@ def wgmma_product(
     columns: Tensor | None,
     dtype: torch.dtype,
     act: int = -1,
-) -> Tensor:
-    """The linear by asynchronous `wgmma`; with `act` the gated product of its halves."""
+    floor: int = -1,
+) -> tuple[Tensor, Tensor]:
+    """The linear by asynchronous `wgmma`; with `act` the gated product of its halves, and with `floor` its column
+    absmax above that."""
     from lowering.triton.hopper import linear_wgmma
 
     right = outlier_weight if columns is None else weight.index_select(1, columns).to(dtype)
-    return linear_wgmma(
+    result: tuple[Tensor, Tensor] = linear_wgmma(
         codes, scale, zero_point, weight, weight_scale, weight_sum, bias, outliers,
-        None if outliers is None else right, columns is not None, dtype, act,
+        None if outliers is None else right, columns is not None, dtype, act, floor,
     )  # fmt: skip
+    return result
 
 
 @linear_w8a8.impl("triton", when=_takes_hopper)
@@ -464,7 +467,7 @@ def linear_w8a8_wgmma(
     """Many rows on Hopper: `lowering.triton.hopper`."""
     return wgmma_product(
         codes, scale, zero_point, weight, weight_scale, weight_sum, bias, outliers, outlier_weight, columns, dtype
-    )
+    )[0]
 
 
 @linear_w8a16.impl("triton", when=lambda x, *rest: takes_rows(x))
