@@ -143,8 +143,8 @@ def test_column_absmax(monkeypatch: pytest.MonkeyPatch, threshold: float) -> Non
     codes = [compile_for_sm90(launch) for launch in passes]
     assert all(code.stack == 0 for code in codes)
     assert re.search(r"(red|atom)\.global\S*\.max\.s32", codes[0].ptx)
-    # Only under a threshold are there few enough to list, and a count.
-    assert bool(re.search(r"(red|atom)\.global\S*\.add\.", codes[0].ptx)) == (threshold > 0.0)
+    # Only under a threshold may there be few enough to list.
+    assert bool(re.search(r"(red|atom)\.global\S*\.add\.", codes[1].ptx)) == (threshold > 0.0)
 
 
 def test_dynamic_prologues(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,7 @@ def _act_mul_quantize_kernel(
 @triton.jit
 def _product_absmax_kernel(
     gate, gate_stride, up, up_stride, bits, floor, M,
-    K: tl.constexpr, THRESHOLD: tl.constexpr, ACT: tl.constexpr,
+    K: tl.constexpr, ACT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Column absmax of the product (see `lowering.triton.columns`)."""
@@ -110,7 +110,7 @@ def _product_absmax_kernel(
         mask = (rows < M) & (cols < K)[None, :]
         y = product(gate + rows * gate_stride, up + rows * up_stride, cols[None, :], mask, ACT)
         best = tl.maximum(best, bits_of(y))
-    raise_absmax(bits, tl.max(best, 0), cols, floor, K, THRESHOLD)
+    raise_absmax(bits, tl.max(best, 0), cols, floor, K)
 
 
 def _fits(gate: Tensor, up: Tensor, act: str, *rest: object) -> bool | str:

@@ -1,8 +1,8 @@
 """Outlier columns of a call: the absmax of every channel, and the choice of the largest, without asking the host.
 
 The programs of a search join the maxima of their rows by integer atomics. Under a threshold (LLM.int8()) channels that
-cannot be outliers take no atomic at all, and those above it are counted: where there is a place for all of them, which
-is the usual case, a small kernel lists them, and else finds the largest.
+cannot be outliers take no atomic at all. Where there is a place for all above it, which is the usual case, a small
+kernel lists them, and else finds the largest.
 
 The choice reaches the row kernels as marks, one byte per channel, so that a row in registers leaves outliers out
 without reading anything twice; and as a list of columns, which are gathered.
@@ -32,17 +32,11 @@ def bits_of(y):
 
 
 @triton.jit
-def raise_absmax(bits, best, cols, floor, K: tl.constexpr, THRESHOLD: tl.constexpr):
-    """Join the maxima of this program, exact in any order; no atomic where one would change nothing.
-
-    Under a threshold `bits[K]` counts the channels above it. No address here may depend on an atomic's result: to
-    torch's analysis of what a kernel writes to, all that went into it would be written.
-    """
+def raise_absmax(bits, best, cols, floor, K: tl.constexpr):
+    """Join the maxima of this program, exact in any order; no atomic where one would change nothing."""
     high = (cols < K) & (best > floor)
     high &= best > tl.load(bits + cols, mask=high, other=0, cache_modifier=".cg")
-    before = tl.atomic_max(bits + cols, best, mask=high, sem="relaxed")
-    if THRESHOLD:
-        tl.atomic_add(bits + K + tl.zeros_like(cols), 1, mask=high & (before <= floor), sem="relaxed")
+    tl.atomic_max(bits + cols, best, mask=high, sem="relaxed")
 
 
 @triton.jit
@@ -58,11 +52,9 @@ def _largest(value, R: tl.constexpr, LOW: tl.constexpr):
 
 @triton.jit
 def _list_largest(
-    bits, marks, columns, floor, K: tl.constexpr, R: tl.constexpr, LOW: tl.constexpr, THRESHOLD: tl.constexpr,
-    BLOCK: tl.constexpr,
+    bits, marks, columns, K: tl.constexpr, R: tl.constexpr, LOW: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Mark and list the `R` channels of largest absmax, of equal ones the first. Returns how many above the threshold
-    found no place."""
+    """Mark and list the `R` channels of largest absmax, of equal ones the first."""
     WIDTH: tl.constexpr = 128 if BLOCK > 128 else BLOCK
     flat = tl.arange(0, BLOCK)
     least, larger = _largest(tl.load(bits + flat, mask=flat < K, other=-1), R, LOW)
@@ -79,14 +71,7 @@ def _list_largest(
     selected = (above > 0) | ((equal > 0) & ((counts >> 16) <= places))
     place = (counts & 0xFFFF) + tl.minimum(counts >> 16, places) - 1
     tl.store(columns + place, cols.to(tl.int64), mask=selected)
-    taken = selected
-    missed = 0
-    if THRESHOLD:
-        taken = selected & (value <= NAN_ABOVE)
-        large = (value > floor) & (value <= NAN_ABOVE)
-        missed = tl.sum(tl.sum((large & (taken == 0)).to(tl.int32), 1), 0)
-    tl.store(marks + cols, taken.to(tl.int8), mask=cols < K)
-    return missed
+    tl.store(marks + cols, selected.to(tl.int8), mask=cols < K)
 
 
 @triton.jit
@@ -104,22 +89,31 @@ def _choose_columns_kernel(
     found = K
     missed = 0
     if THRESHOLD:
-        found = tl.load(bits + K)
+        both = tl.zeros([STEP], dtype=tl.int32)
+        for start in range(0, K, STEP):
+            cols = start + tl.arange(0, STEP)
+            value = tl.load(bits + cols, mask=cols < K, other=-1)
+            both += (value > floor).to(tl.int32) | ((value > NAN_ABOVE).to(tl.int32) << 16)  # neither reaches 2^16
+        found = tl.sum(both, 0)
+        nans = found >> 16
+        found &= 0xFFFF
+        # NaN is above all and takes places first, though it is no outlier.
+        missed = tl.maximum(found - R, 0) - tl.maximum(nans - R, 0)
     if found <= R:
         for start in range(0, K, STEP):
             cols = start + tl.arange(0, STEP)
             value = tl.load(bits + cols, mask=cols < K, other=-1)
             large = value >= 0
             if THRESHOLD:
-                place = tl.atomic_add(bits + K + 1 + tl.zeros_like(cols), 1, mask=value > floor, sem="relaxed")
+                place = tl.atomic_add(bits + K + tl.zeros_like(cols), 1, mask=value > floor, sem="relaxed")
                 tl.store(columns + place, cols.to(tl.int64), mask=value > floor)
-                large = (value > floor) & (value <= NAN_ABOVE)
+                large = value > floor
             tl.store(marks + cols, large.to(tl.int8), mask=cols < K)
         if not THRESHOLD:  # every channel has a place
             r = tl.arange(0, BLOCK_R)
             tl.store(columns + r, r.to(tl.int64), mask=r < R)
     else:
-        missed = _list_largest(bits, marks, columns, floor, K, R, LOW, THRESHOLD, BLOCK)
+        _list_largest(bits, marks, columns, K, R, LOW, BLOCK)
     tl.store(overflow, missed)
     tl.debug_barrier()
     used = tl.minimum(found, R)
@@ -130,7 +124,9 @@ def _choose_columns_kernel(
     place = tl.where(r < used, place, r)
     taken = r < used
     if THRESHOLD:
-        taken = taken & (tl.load(bits + listed, mask=taken, other=0) <= NAN_ABOVE)
+        nan = taken & (tl.load(bits + listed, mask=taken, other=0) > NAN_ABOVE)
+        tl.store(marks + listed, tl.zeros_like(listed).to(tl.int8), mask=nan)
+        taken = taken & (nan == 0)
     tl.debug_barrier()
     tl.store(columns + place, tl.where(taken, listed, 0).to(tl.int64), mask=r < R)
     chosen = tl.where(taken, listed, -1)
@@ -218,7 +214,7 @@ def static_split(columns: Tensor | None, width: int) -> Split:
 
 @dataclass(frozen=True)
 class Search:
-    """What a search kernel writes: `bits` of the absmax `[K]`, behind them two counts."""
+    """What a search kernel writes: `bits` of the absmax `[K]`, and behind them a count for the choice."""
 
     bits: Tensor
     width: int
@@ -232,7 +228,7 @@ class Search:
 
     def constants(self) -> dict[str, Any]:
         """Its constants."""
-        return {"K": self.width, "THRESHOLD": self.threshold > 0.0}
+        return {"K": self.width}
 
     def result(self) -> tuple[Split, Tensor, Tensor]:
         """The split, its columns `[R]` (0 where a place is unused), and the overflow `[]`."""
@@ -267,7 +263,7 @@ def search(
     """Memory for a search among `width` channels of `dtype` values; or its `bits`, filled by then."""
     low = {torch.bfloat16: 16, torch.float16: 13}.get(dtype, 0)
     if bits is None:
-        bits = torch.zeros(width + 2, dtype=torch.int32, device=device)
+        bits = torch.zeros(width + 1, dtype=torch.int32, device=device)
     return Search(bits, width, min(capacity, width), threshold, low)
 
 

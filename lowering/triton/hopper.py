@@ -154,16 +154,15 @@ def _store(c, staging, y, m, n):
 
 
 @gluon.jit
-def _raise_absmax(bits, floor, y, first, N, LAYOUT: gl.constexpr):
-    """`lowering.triton.columns.raise_absmax` for a tile of results, value by value: few are above the threshold."""
-    n = first + gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+def _raise_absmax(bits, floor, y, first, N):
+    """The column absmax of a tile above `floor`, joined with that of others. Each warp for its own rows: to compare
+    them with each other takes shared memory, which is all used, and a maximum without a result is not waited for."""
+    rows: gl.constexpr = y.shape[0] // gl.num_warps()
     value = y.to(gl.float32).to(gl.int32, bitcast=True) & 0x7FFFFFFF
-    at = bits + gl.zeros_like(value) + n[None, :]
-    high = (value > floor) & (n < N)[None, :]
-    high &= value > gl.load(at, mask=high, other=0, cache_modifier=".cg")
-    before = gl.atomic_max(at, value, mask=high, sem="relaxed")
-    count = bits + N + gl.zeros_like(value)
-    gl.atomic_add(count, gl.full_like(value, 1), mask=high & (before <= floor), sem="relaxed")
+    best = gl.max(gl.reshape(value, [gl.num_warps(), rows, y.shape[1]]), 1)
+    n = first + gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, best.type.layout))[None, :]
+    at = bits + gl.zeros_like(best) + n
+    gl.atomic_max(at, best, mask=(best > floor) & (n < N), sem="relaxed")
 
 
 @gluon.jit
@@ -200,7 +199,7 @@ def _write(
         product = (gate.to(gl.float32) * y.to(c.dtype).to(gl.float32)).to(c.dtype)
         _store(c, staging, product, m, n)
         if bits is not None:
-            _raise_absmax(bits, floor, product, n, N, OUT)
+            _raise_absmax(bits, floor, product, n, N)
 
 
 @gluon.jit
@@ -341,7 +340,7 @@ def linear_wgmma(
     """
     n = weight.shape[0] if act == NO_ACTIVATION else weight.shape[0] // 2
     out = torch.empty((*codes.shape[:-1], n), dtype=dtype, device=codes.device)
-    bits = torch.zeros(0 if floor < 0 else n + 2, dtype=torch.int32, device=codes.device)
+    bits = torch.zeros(0 if floor < 0 else n + 1, dtype=torch.int32, device=codes.device)
     if out.numel():
         zeros = None if zero_point is None else per_row(zero_point, codes)
         flat = None if outliers is None else _aligned(outliers.reshape(-1, outliers.shape[-1]))
@@ -371,7 +370,7 @@ def _(
     floor: int,
 ) -> tuple[Tensor, Tensor]:
     n = weight.shape[0] if act == NO_ACTIVATION else weight.shape[0] // 2
-    bits = codes.new_empty(0 if floor < 0 else n + 2, dtype=torch.int32)
+    bits = codes.new_empty(0 if floor < 0 else n + 1, dtype=torch.int32)
     return codes.new_empty((*codes.shape[:-1], n), dtype=dtype), bits
 
 

@@ -160,7 +160,7 @@ def _norm_quantize_kernel(
 @triton.jit
 def _norm_absmax_kernel(
     x, x_stride, residual, residual_stride, weight, bias, hidden, bits, floor, eps, offset, M,
-    K: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, BLOCK: tl.constexpr,
     LAYER: tl.constexpr, ROUND_FIRST: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The residual sum of `ROWS` rows, stored, and the column absmax of their norm (see `lowering.triton.columns`).
@@ -185,7 +185,7 @@ def _norm_absmax_kernel(
         if residual is not None:
             h = load_hidden(at, other, hidden, cols, cols < K)
             tl.store(hidden + row * K + cols, rounded(h, hidden.dtype.element_ty), mask=cols < K)
-    raise_absmax(bits, best, cols, floor, K, THRESHOLD)
+    raise_absmax(bits, best, cols, floor, K)
 
 
 def _norm_dtype(x: torch.dtype, weight: Tensor | None, round_first: bool) -> torch.dtype:

@@ -125,8 +125,7 @@ def _quantize_rows_kernel(
 @triton.jit
 def _column_absmax_kernel(
     x, x_stride, bits, floor, M,
-    K: tl.constexpr, THRESHOLD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Column absmax (see `lowering.triton.columns`), a block of columns and `ROWS` rows to a program."""
     cols = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -137,7 +136,7 @@ def _column_absmax_kernel(
         mask = (rows < M)[:, None] & (cols < K)[None, :]
         y = tl.load(x + rows[:, None] * x_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         best = tl.maximum(best, bits_of(y))
-    raise_absmax(bits, tl.max(best, 0), cols, floor, K, THRESHOLD)
+    raise_absmax(bits, tl.max(best, 0), cols, floor, K)
 
 
 def row_outputs(like: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
