@@ -1,6 +1,6 @@
 """What schemes cost when they run: SmolLM2-135M in bf16, calibrated and compiled, in alternation with plain `w8a8`.
 
-    python -m benchmarks.scheme_times                  # about twenty minutes on two cores
+    python -m benchmarks.scheme_times                  # about 40 minutes on two cores
     python -m benchmarks.scheme_times --device cuda    # with CUDA graphs
 
 Medians of a prefill and of a greedy decoding step, and their ratio to `w8a8`. A device has one entry in the file: a run

@@ -71,7 +71,7 @@ def tune(
     workers = max(1, min(14, (os.cpu_count() or 2) - 1))
     tuning.compile_all(problems, device, workers, lambda done, total: progress("compile tiles", done, total))
     entries = tuning.tune(problems, device, lambda done, total: progress("measure tiles", done, total))
-    tuning.save(path, name, entries)
+    tuning.save(path, name, entries, problems)
     return len(entries), path
 
 

@@ -29,7 +29,7 @@ def tile(kind: str, rows: int, width: int, dtype: torch.dtype) -> str:
 def compiled(
     k: int, r: int, code_columns: bool, affine: bool, act: int, wide: bool = True, search: bool = False
 ) -> Compiled:
-    """What `hopper.launch` would compile for these forms, bf16 out."""
+    """What `hopper._launch` would compile for these forms, bf16 out."""
     side, half, depth = hopper.BLOCK_M, hopper.HALF, hopper.BLOCK_K
     depth_r = 32 if r <= 32 else 64
     signature: dict[str, str] = {
@@ -81,11 +81,16 @@ def test_asynchronous_wgmma(
         pytest.skip("the gate product takes both halves")
     code = compiled(k, r, code_columns, affine, act, wide, search)
     # A thread that multiplies has 240 registers, 128 of them for sums. Where a tile's epilogue takes more (both halves
-    # at once, or outliers), some wait in memory; in the loop over K none do.
+    # at once, or outliers), some wait in memory.
     assert code.stack <= (320 if act >= 0 or r else 0), "spills"
     assert code.shared <= 227 * 1024
     assert "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8" in code.ptx
     # Products stay under way while the next step is prepared; Triton's own int8 loop waits for all.
     assert ("2" if wide else "1") in re.findall(r"wgmma\.wait_group\.sync\.aligned (\d)", code.ptx)
     assert ("bf16.bf16" in code.ptx) == (r > 0)
+    # A buffer is free once all warps have waited for its products: one thread says so, after a barrier.
+    waits = [m.end() for m in re.finditer(r"wgmma\.wait_group\.sync\.aligned", code.ptx)]
+    for wait in waits[:2]:
+        between = code.ptx[wait : code.ptx.index("mbarrier.arrive.shared", wait)]
+        assert "bar.sync" in between
     assert "setmaxnreg.dec.sync.aligned.u32" in code.ptx, "one warp loads, the others multiply"

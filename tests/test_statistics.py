@@ -1,4 +1,4 @@
-"""Statistics, clipping ranges, smoothing vectors, rounding and budgets: pure functions, against what they promise."""
+"""Statistics, clipping ranges, smoothing vectors and rounding: pure functions, against what they promise."""
 
 from __future__ import annotations
 

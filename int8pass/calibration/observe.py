@@ -115,7 +115,8 @@ def samples(
 
 
 def _merged(parts: Sequence[Sample], device: torch.device | str) -> Sample:
-    return Sample(*(torch.cat(of).to(device) for of in zip(*((part.rows, part.weights) for part in parts))))
+    rows, weights = torch.cat([part.rows for part in parts]), torch.cat([part.weights for part in parts])
+    return Sample(rows.to(device), weights.to(device))
 
 
 def _sample(rows: Tensor, absmax: Tensor, each: int, extreme: int) -> Sample:

@@ -166,7 +166,8 @@ def store_gathered(outliers, value, taken, R: tl.constexpr, BLOCK_R: tl.constexp
 # Rows and columns of one step of a search over column blocks. A program takes as many steps as leave about four
 # programs to each of 132 multiprocessors.
 SEARCH_ROWS, SEARCH_COLUMNS, SEARCH_PROGRAMS = 8, 512, 528
-# With whole rows to a program, one, where every program has as many atomics as columns; else as many as hide latency.
+# Programs of a search that takes whole rows: one a multiprocessor where each has an atomic for every column, eight
+# under a threshold, where few columns have any.
 ROW_PROGRAMS, ROW_PROGRAMS_THRESHOLD = 132, 1056
 
 
@@ -214,7 +215,8 @@ def static_split(columns: Tensor | None, width: int) -> Split:
 
 @dataclass(frozen=True)
 class Search:
-    """What a search kernel writes: `bits` of the absmax `[K]`, and behind them a count for the choice."""
+    """What a search kernel writes: `bits` of the absmax `[K]` (0 where not above a threshold), and behind them a count
+    for the choice."""
 
     bits: Tensor
     width: int

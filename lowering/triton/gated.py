@@ -44,7 +44,7 @@ def _in_epilogue(codes: Tensor, *rest: object) -> bool | str:
         return f"takes {', '.join(IN_EPILOGUE)}"
     if weight.shape[0] % 32:
         return "takes halves in multiples of 16 channels"
-    return _fills_hopper(codes, weight, outliers, columns, outlier_weight, dtype, 256)  # type: ignore[arg-type]
+    return _fills_hopper(codes, weight, outliers, columns, outlier_weight, dtype)  # type: ignore[arg-type]
 
 
 @gated_linear_quantize.impl("triton", when=_takes, prepack=PREPACKED)
@@ -143,11 +143,14 @@ def gated_linear_wgmma_dynamic(
     threshold: float,
     symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The product comes out of the linear, and under a threshold what is to know of its columns."""
+    """The product comes out of the linear, under a threshold with its column maxima: no pass of their own.
+
+    A bias would reach the rows beyond the last, which a tile holds and never stores: they would count.
+    """
     linear = (
         codes, scale, zero_point, weight, weight_scale, weight_sum, bias, outliers, outlier_weight, columns, dtype
     )  # fmt: skip
-    if threshold <= 0.0:
+    if threshold <= 0.0 or bias is not None:
         product, _ = wgmma_product(*linear, CODE[act])
         return split_quantize_rows_dynamic(product, capacity, threshold, symmetric)
     product, bits = wgmma_product(*linear, CODE[act], floor_of(threshold))

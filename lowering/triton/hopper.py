@@ -1,14 +1,14 @@
 """W8A8 for many rows on Hopper (sm_90): persistent, asynchronous `wgmma`, written in Gluon.
 
 Triton itself waits for every int8 `wgmma` before it issues the next one. Here one step's products run while the next
-is issued, and a ring of shared-memory buffers is filled by TMA several steps ahead, across the border of two tiles: the
-loads of the next tile run under the epilogue of this one. A tile is 128 rows by two halves of 128 channels. The halves
-lie side by side; or, for the gate and up projections of a gated MLP, they are the same channels of both, and the
-epilogue multiplies them: their product is all that reaches memory.
+is issued, and a ring of shared-memory buffers is filled by TMA several steps ahead, by one warp that does nothing else,
+across the border of two tiles: the loads of the next tile run under the epilogue of this one. A tile is 128 rows by two
+halves of 128 channels. The halves lie side by side; or, for the gate and up projections of a gated MLP, they are the
+same channels of both, and the epilogue multiplies them: their product is all that reaches memory.
 
 Outlier columns are one more step of the same ring: 64 columns of bf16 are as many bytes as 128 of int8.
 
-Where tiles of 256 channels would leave multiprocessors without one, a tile has one half only.
+Where tiles of one half do not outnumber the multiprocessors, a tile has one half only.
 """
 
 from __future__ import annotations
@@ -235,6 +235,7 @@ def _multiply(
                 left, right = warpgroup_mma_wait(num_outstanding=2, deps=(left, right))
             else:
                 left = warpgroup_mma_wait(num_outstanding=1, deps=(left,))
+            # One thread arrives; Triton puts a barrier of these warps before it, so that all have waited.
             mbarrier.arrive(free.index((step + BUFFERS - 1) % BUFFERS), count=1, pred=k > 0)
             step += 1
         if WIDE:
@@ -334,9 +335,9 @@ def linear_wgmma(
     """The linear of `codes[..., K]`; with `act` (a code of `lowering.triton.act`) the gated product of its halves.
 
     With `code_columns` the outlier weights are columns of the codes `weight`, as `dtype`, and take its scale. The
-    second result is what a search for the product's outlier columns reads (`columns.Search`), those above `floor`, the
-    bits of a threshold; without one (-1) it is empty. An op of its own and no traced launch: neither Inductor nor
-    AOTAutograd knows Gluon.
+    second result, `[N + 1]` int32, is what `columns.Search` reads: the bits of every column's absmax where they are
+    above `floor` (the bits of a threshold), else 0; empty for -1. An op of its own and no traced launch: neither
+    Inductor nor AOTAutograd knows Gluon.
     """
     n = weight.shape[0] if act == NO_ACTIVATION else weight.shape[0] // 2
     out = torch.empty((*codes.shape[:-1], n), dtype=dtype, device=codes.device)
@@ -381,10 +382,9 @@ def _aligned(matrix: Tensor) -> Tensor:
 
 
 def is_wide(m: int, n: int, multiprocessors: int) -> bool:
-    """Whether a product takes tiles of both halves: unless there are fewer of them than multiprocessors, and no more
-    narrow ones than those either."""
-    tall = -(-m // BLOCK_M)
-    return not (tall * -(-n // (2 * HALF)) < tall * -(-n // HALF) <= multiprocessors)
+    """Whether a product takes tiles of both halves: unless those of one half do not outnumber the multiprocessors."""
+    narrow = -(-m // BLOCK_M) * -(-n // HALF)
+    return narrow > multiprocessors or n <= HALF
 
 
 def _launch(

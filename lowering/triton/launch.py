@@ -2,7 +2,8 @@
 
 Every host wrapper is a `torch.library.triton_op`, not an opaque `custom_op`: AOTAutograd and Inductor then see the
 kernel launches and the small tensor code around them, so buffers are planned, unused outputs are dropped, the rest
-fuses with its neighbours, no dispatcher runs per call, and shapes of fake tensors come from the wrapper itself.
+fuses with its neighbours, no dispatcher runs per call, and shapes of fake tensors come from the wrapper itself. The
+exception is the Gluon kernel's, into which neither can look.
 """
 
 from __future__ import annotations

@@ -381,11 +381,11 @@ def on_hopper(device: torch.device) -> bool:
 
 def _fills_hopper(
     codes: Tensor, weight: Tensor, outliers: Tensor | None, columns: Tensor | None, outlier_weight: Tensor | None,
-    dtype: torch.dtype, step: int,
+    dtype: torch.dtype,
 ) -> bool | str:  # fmt: skip
     """Whether the kernel of `lowering.triton.hopper` takes a product, and has the tiles to be the faster one.
 
-    Measured on one H100: beyond 128 rows from 40 tiles on; with fewer rows, of which a tile is mostly empty, 250.
+    Measured on one H100: 40 tiles are enough beyond 128 rows; up to 128, where most of a tile may be empty, 250.
     """
     n, k = weight.shape
     if not on_hopper(codes.device):
@@ -402,7 +402,7 @@ def _fills_hopper(
     found = measured(codes.device, rows, n, k)
     if found is not None:
         return found == WGMMA or f"{found} was measured to be faster"
-    tiles = _count(rows, 128) * _count(n, step)
+    tiles = _count(rows, 128) * _count(n, 256)
     enough = 40 if rows > 128 else 250
     return tiles >= enough or f"{tiles} tiles are too few for persistent programs"
 
@@ -420,7 +420,7 @@ def _takes_hopper(
     columns: Tensor | None,
     dtype: torch.dtype,
 ) -> bool | str:
-    return _fills_hopper(codes, weight, outliers, columns, outlier_weight, dtype, 256)
+    return _fills_hopper(codes, weight, outliers, columns, outlier_weight, dtype)
 
 
 def wgmma_product(
@@ -438,8 +438,8 @@ def wgmma_product(
     act: int = -1,
     floor: int = -1,
 ) -> tuple[Tensor, Tensor]:
-    """The linear by asynchronous `wgmma`; with `act` the gated product of its halves, and with `floor` its column
-    absmax above that."""
+    """The linear by asynchronous `wgmma`; with `act` the gated product of its halves, and with `floor` ≥ 0 also
+    the bits of its column absmax."""
     from lowering.triton.hopper import linear_wgmma
 
     right = outlier_weight if columns is None else weight.index_select(1, columns).to(dtype)

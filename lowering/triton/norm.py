@@ -377,7 +377,7 @@ def norm_quantize_rows_dynamic(
     threshold: float,
     symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Column absmax of the norm, choice of columns, norm and quantization: two or three launches."""
+    """Column absmax of the norm, choice of columns, norm and quantization: three launches and a fill."""
     return _norm_quantize_dynamic(x, None, weight, bias, eps, offset, mode, capacity, threshold, symmetric)[1:]
 
 

@@ -116,9 +116,11 @@ def load(path: Path) -> dict[Problem, Entry]:
     return {entry.problem: entry for entry in entries}
 
 
-def save(path: Path, device: str, entries: Iterable[Entry]) -> None:
-    """Add `entries` to the table at `path` (made if need be), in one step."""
-    merged = load(path) | {entry.problem: entry for entry in entries}
+def save(path: Path, device: str, entries: Iterable[Entry], measured: Iterable[Problem] = ()) -> None:
+    """Add `entries` to the table at `path` (made if need be), in one step. Of what was `measured` only they stay."""
+    gone = set(measured)
+    known = {problem: entry for problem, entry in load(path).items() if problem not in gone}
+    merged = known | {entry.problem: entry for entry in entries}
     table = {
         "device": device,
         "triton": triton.__version__,
