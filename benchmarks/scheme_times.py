@@ -1,6 +1,6 @@
 """What schemes cost when they run: SmolLM2-135M in bf16, calibrated and compiled, in alternation with plain `w8a8`.
 
-    python -m benchmarks.scheme_times                  # about 25 minutes on two cores
+    python -m benchmarks.scheme_times                  # about a quarter of an hour on two cores
     python -m benchmarks.scheme_times --device cuda    # with CUDA graphs
 
 Medians of a prefill and of a greedy decoding step, and their ratio to `w8a8`. A device has one entry in the file: a run
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,12 @@ SCHEMES = (BASE, "auto", "smoothquant-o1", "outlier-columns", "default")
 PROMPT, DECODED, ROUNDS = 32, 16, 15  # a prompt is fed token by token; the cache is as long as for a prefill
 
 
-def recipes(model: nn.Module, batches: list[dict[str, Any]], bars: Bars) -> dict[str, Recipe | str]:
+def recipes(
+    names: Sequence[str], model: nn.Module, batches: list[dict[str, Any]], bars: Bars
+) -> dict[str, Recipe | str]:
     """A recipe, or a preset that needs no data, for every scheme."""
     seen = Calibration(model, batches, progress=bars)
-    return {s: seen.recipe(s, progress=bars) if s in CALIBRATED else s for s in SCHEMES}
+    return {s: seen.recipe(s, progress=bars) if s in CALIBRATED else s for s in names}
 
 
 def forms(model: nn.Module, chosen: dict[str, Recipe | str], cuda: bool) -> list[measure.Form]:
@@ -84,6 +87,7 @@ def main() -> None:
     """Measure, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--schemes", default=",".join(SCHEMES), help="some of them; plain w8a8 is always measured")
     parser.add_argument("--text", type=Path, help="a file instead of the text that comes with this Python")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -92,7 +96,7 @@ def main() -> None:
     windows = hub.windows(tokenizer, LENGTH, text).to(args.device)
     batches = [{"input_ids": w[None], "use_cache": False} for w in windows[100:132]]
     with progress_bars(Console(stderr=True)) as bars:
-        chosen = recipes(model, batches, bars)
+        chosen = recipes([BASE, *(s for s in args.schemes.split(",") if s != BASE)], model, batches, bars)
         made = forms(model, chosen, args.device.type == "cuda")
         # All forms are of one function, and each compiles it twice: beyond a limit Dynamo would run the rest as it is.
         with torch._dynamo.config.patch(recompile_limit=4 * len(made)):
