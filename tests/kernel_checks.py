@@ -6,7 +6,6 @@ A norm of the difference, not an element-wise bound: where a sum cancels, one el
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import warnings
 from collections.abc import Iterator
@@ -315,12 +314,12 @@ def hard_samples(name: str, device: torch.device) -> Iterator[Sample]:
             yield from _large_samples(device)
     elif name.startswith("gated_linear"):
         if device.type == "cuda":
-            # Most channels find no place; no threshold. That all find one is a sample of its own.
-            searches = itertools.cycle([(8, 0.5), (8, 0.0)])
             for sample in _large_samples(device):
-                search = next(searches) if name.endswith("dynamic") else (torch.arange(2, 66, 2, device=device),)
+                search = (8, 0.5) if name.endswith("dynamic") else (torch.arange(2, 66, 2, device=device),)
                 yield Sample(sample.label, (*sample.args, "silu", *search, sample.args[2] is None))
-            if name.endswith("dynamic"):
+            if name.endswith("dynamic"):  # above, most channels find no place: here all do, or there is no threshold
+                even = next(_large_samples(device))
+                yield Sample("no_threshold", (*even.args, "silu", 8, 0.0, True))
                 yield Sample("few_columns", few_columns(1999, 4640, 528, device))
     elif name == "linear_w8a8_groups":
         yield from _w8a8_group_samples(device)
