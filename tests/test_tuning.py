@@ -61,6 +61,9 @@ def test_a_table_is_looked_up_by_chip_bucket_and_layer(fake_gpu: Path) -> None:
     assert tuning.chosen(CUDA, 9, 256, 512) == tile
     assert tuning.chosen(CUDA, 17, 256, 512) == WGMMA
     assert [path.name for path in fake_gpu.parent.iterdir()] == [fake_gpu.name]
+    tuning.save(fake_gpu, GPU, [], [SMALL])  # measured again, and now the rule is as fast
+    assert tuning.chosen(CUDA, 9, 256, 512) is None
+    assert tuning.chosen(CUDA, 17, 256, 512) == WGMMA
 
 
 @pytest.mark.parametrize("damage", ["not json", "{}", '{"triton": "0.1", "entries": []}'])

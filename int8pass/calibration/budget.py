@@ -53,7 +53,7 @@ def kept() -> Option:
 def spend(
     options: Mapping[str, Sequence[Option]],
     sizes: Mapping[str, int],
-    cost: float | None = 1.1,
+    cost: float | None,
     error: float | None = None,
 ) -> dict[str, Option]:
     """An option for every site: the cheapest, then upgrades by error saved per cost, until a budget is reached.
