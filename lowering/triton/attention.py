@@ -19,7 +19,8 @@ def _shares_heads(
     T · S products, where repeated ones have a kernel."""
     if query.dtype not in (torch.bfloat16, torch.float16) or mask is not None:
         return "the kernels that share keys between heads take 16-bit floats without a mask"
-    if query.device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+    on_gpu = query.device.type == "cuda" and torch.cuda.is_available()
+    if on_gpu and torch.cuda.get_device_capability(query.device) < (8, 0):
         return "the kernels that share keys between heads need an Ampere GPU or a later one"
     if not statically_known_true(query.shape[-1] == value.shape[-1]) or not statically_known_true(
         query.shape[-1] <= 256
