@@ -19,6 +19,7 @@ from torch._guards import TracingContext
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
 
+from int8pass.asked_once import asked_once
 from int8pass.capture import Program
 from int8pass.errors import UnsupportedError
 from int8pass.graph.constants import Constant, Store
@@ -248,7 +249,7 @@ def compile_with_inductor(
     program.graph.lint()
     program.gm.recompile()
     _keep_static(program, inputs[len(program.placeholders) :])
-    with torch.no_grad():
+    with torch.no_grad(), asked_once():
         function = compile_fx(program.gm, list(inputs), inner_compile, config_patches=_WITHOUT_ASSERTS | config)
     assert callable(function)
     return function

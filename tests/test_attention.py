@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import lowering.cpu  # noqa: F401
 from int8pass import attention as attention_rule
-from int8pass import fuse
+from int8pass import fuse, lower
 from int8pass.backend import int8
 from lowering.cpu import native
 from lowering.ops.attention import attention
@@ -228,6 +228,27 @@ def test_on_real_weights(smollm2: tuple[nn.Module, Tensor], monkeypatch: pytest.
         assert result.facts[0].implementations["attention", name] == 30
         errors.append(relative_error(result.output.last_hidden_state.float(), expected))
     assert errors[0] < 1.1 * errors[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_does_not_repeat_keys() -> None:
+    """Repeated for every head they would take twice the memory of the result, beside it."""
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("heads share keys from Ampere on")
+    query = torch.randn(1, 32, 2048, 128, device="cuda", dtype=torch.bfloat16)
+    key, value = (torch.randn(1, 4, 2048, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    lower.load_target("triton")
+    arguments = (query, key, value, None, True, 128**-0.5)
+    chosen = attention.choose("triton", arguments)
+    function = torch.compile(chosen.function, fullgraph=True)
+    function(*arguments)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found = function(*arguments)
+    assert torch.cuda.max_memory_allocated() - before < 1.5 * found.nbytes
+    assert relative_error(found, attention.reference(*(t.float() for t in arguments[:3]), *arguments[3:])) < 1e-2
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import pytest
@@ -122,3 +123,67 @@ def test_a_tile_is_chosen_from_the_hint_without_a_guard() -> None:
     assert expected_rows(env.create_unbacked_symint()) == UNKNOWN_ROWS
     assert expected_rows(3) == 3
     assert not env.guards
+
+
+def traced_layers(layers: int, widths: tuple[int, ...] = (256,)) -> list[list[str]]:
+    """What the kernels of a graph that quantizes `layers` times write, as AOTAutograd finds out."""
+    function = all_ops()["quantize_per_token"].choose("triton", (torch.ones(4, 256), True)).function
+    graph = torch.fx.Graph()
+    inputs = [graph.placeholder(f"x{width}") for width in widths]
+    calls = [graph.call_function(function, (x, True)) for x in inputs for _ in range(layers)]
+    graph.output(tuple(graph.call_function(operator.getitem, (call, 0)) for call in calls))
+    traced: list[torch.fx.GraphModule] = []
+
+    def keep(module: torch.fx.GraphModule, _: Any) -> Any:
+        traced.append(module)
+        return module.forward
+
+    with FakeTensorMode():
+        fakes = [torch.ones(4, width) for width in widths]
+    aot_module_simplified(torch.fx.GraphModule({}, graph), fakes, fw_compiler=keep)
+    return [n.kwargs["tensors_to_clone"] for n in traced[0].graph.nodes if "triton_kernel" in str(n.target)]
+
+
+@pytest.mark.usefixtures("offline_driver")
+def test_the_same_kernel_is_analysed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._higher_order_ops import triton_kernel_wrap
+
+    from int8pass.asked_once import QUESTIONS, asked_once
+
+    runs = []
+    original = triton_kernel_wrap.generate_ttir
+
+    def counted(*arguments: Any) -> Any:
+        runs.append(arguments[0])
+        return original(*arguments)
+
+    monkeypatch.setattr(triton_kernel_wrap, "generate_ttir", counted)
+    before = [getattr(triton_kernel_wrap, name, None) for _, name in QUESTIONS[:2]]
+    expected = traced_layers(3, (256, 512))
+    assert len(expected) == 6
+    assert len(runs) >= 12, "PyTorch remembers by itself: int8pass.asked_once is not needed any more"
+    runs.clear()
+    with asked_once():
+        assert traced_layers(3, (256, 512)) == expected
+        assert len(runs) == 2, "one for either width"
+        with pytest.raises(ZeroDivisionError), asked_once():
+            raise ZeroDivisionError
+    assert [getattr(triton_kernel_wrap, name, None) for _, name in QUESTIONS[:2]] == before
+
+
+def test_what_differs_is_asked_again() -> None:
+    from int8pass.asked_once import _key
+
+    kernel, other = object(), object()
+    x, wide = torch.ones(2), torch.ones(2, dtype=torch.float64)
+    same = [_key((kernel, {"x": t, "K": 8, "flag": True}, {}), {}) for t in (x, torch.zeros(7))]
+    assert same[0] == same[1]
+    for arguments in (
+        (other, {"x": x, "K": 8, "flag": True}, {}),
+        (kernel, {"x": wide, "K": 8, "flag": True}, {}),
+        (kernel, {"x": x, "K": 9, "flag": True}, {}),
+        (kernel, {"x": x, "K": 8, "flag": 1}, {}),
+        (kernel, {"x": None, "K": 8, "flag": True}, {}),
+    ):
+        assert _key(arguments, {}) != same[0]
+    assert _key((kernel, {"x": object()}, {}), {}) is None, "unknown kinds are never compared"

@@ -75,7 +75,6 @@ def _act_mul_quantize_kernel(
     if marks is not None:  # early: loads that wait for one another
         column, taken = outlier_columns(marks, K, R, BLOCK_R)
         value = product(gate, up, column, taken, ACT)
-        store_gathered(outliers + row * R, value, taken, R, BLOCK_R)
     high = 0
     low = 0
     for start in range(0, K, BLOCK):
@@ -93,6 +92,8 @@ def _act_mul_quantize_kernel(
     tl.store(scale + row, s)
     if not SYMMETRIC:
         tl.store(zero_point + row, zero)
+    if marks is not None:
+        store_gathered(outliers + row * R, value, taken, R, BLOCK_R)
 
 
 @triton.jit

@@ -85,29 +85,29 @@ def _choose_columns_kernel(
     A place that is not used has column 0, and no column in the marks. NaN is no outlier under a threshold: it
     stays, and makes the scale NaN.
     """
-    STEP: tl.constexpr = 4096 if BLOCK > 4096 else BLOCK
     found = K
     missed = 0
     if THRESHOLD:
-        both = tl.zeros([STEP], dtype=tl.int32)
-        for start in range(0, K, STEP):
-            cols = start + tl.arange(0, STEP)
-            value = tl.load(bits + cols, mask=cols < K, other=-1)
-            both += (value > floor).to(tl.int32) | ((value > NAN_ABOVE).to(tl.int32) << 16)  # neither reaches 2^16
-        found = tl.sum(both, 0)
-        nans = found >> 16
-        found &= 0xFFFF
+        # One block: its loads are in flight together, and a single program has nothing else to hide their latency
+        # with. The second pass finds them in the cache, and would spill if it kept so many values.
+        flat = tl.arange(0, BLOCK)
+        every = tl.load(bits + flat, mask=flat < K, other=-1)
+        # Neither count reaches 2^16.
+        both = tl.sum((every > floor).to(tl.int32) | ((every > NAN_ABOVE).to(tl.int32) << 16), 0)
+        nans = both >> 16
+        found = both & 0xFFFF
         # NaN is above all and takes places first, though it is no outlier.
         missed = tl.maximum(found - R, 0) - tl.maximum(nans - R, 0)
     if found <= R:
+        STEP: tl.constexpr = 4096 if BLOCK > 4096 else BLOCK
         for start in range(0, K, STEP):
             cols = start + tl.arange(0, STEP)
             value = tl.load(bits + cols, mask=cols < K, other=-1)
             large = value >= 0
             if THRESHOLD:
-                place = tl.atomic_add(bits + K + tl.zeros_like(cols), 1, mask=value > floor, sem="relaxed")
-                tl.store(columns + place, cols.to(tl.int64), mask=value > floor)
                 large = value > floor
+                place = tl.atomic_add(bits + K + tl.zeros_like(cols), 1, mask=large, sem="relaxed")
+                tl.store(columns + place, cols.to(tl.int64), mask=large)
             tl.store(marks + cols, large.to(tl.int8), mask=cols < K)
         if not THRESHOLD:  # every channel has a place
             r = tl.arange(0, BLOCK_R)

@@ -13,7 +13,8 @@ Where tiles of one half do not outnumber the multiprocessors, a tile has one hal
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +28,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime.jit import MockTensor
 
-from lowering.triton.launch import per_row
+from lowering.triton import ahead
+from lowering.triton.launch import expected_rows, per_row
 
 # Renamed in Triton 3.7.
 _synchronize = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -311,7 +314,7 @@ def layout(rows: int, width: int, dtype: torch.dtype) -> Any:
     return gl.NVMMASharedLayout.get_default_for([rows, width], _GL[dtype])
 
 
-def descriptor(tensor: Tensor, rows: int, width: int) -> Any:
+def descriptor(tensor: Any, rows: int, width: int) -> Any:
     """TMA descriptor of a matrix whose rows are contiguous."""
     return TensorDescriptor.from_tensor(tensor, [rows, width], layout(rows, width, tensor.dtype))
 
@@ -345,12 +348,14 @@ def linear_wgmma(
     if out.numel():
         zeros = None if zero_point is None else per_row(zero_point, codes)
         flat = None if outliers is None else _aligned(outliers.reshape(-1, outliers.shape[-1]))
-        _launch(
-            _aligned(codes.reshape(-1, codes.shape[-1])), per_row(scale, codes), zeros, _aligned(weight),
-            weight_scale.contiguous(), weight_sum, bias, flat,
+        launch = _launch(
+            codes.device, _aligned(codes.reshape(-1, codes.shape[-1])), per_row(scale, codes), zeros,
+            _aligned(weight), weight_scale.contiguous(), weight_sum, bias, flat,
             None if outlier_weight is None else _aligned(outlier_weight), code_columns, out.view(-1, n), act,
             None if floor < 0 else bits, floor,
         )  # fmt: skip
+        ahead.wait()
+        _linear_w8a8_wgmma[(launch.programs,)](*launch.arguments, **launch.constants)
     return out, bits
 
 
@@ -372,7 +377,23 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     n = weight.shape[0] if act == NO_ACTIVATION else weight.shape[0] // 2
     bits = codes.new_empty(0 if floor < 0 else n + 1, dtype=torch.int32)
-    return codes.new_empty((*codes.shape[:-1], n), dtype=dtype), bits
+    out = codes.new_empty((*codes.shape[:-1], n), dtype=dtype)
+    m, k = expected_rows(math.prod(codes.shape[:-1])), codes.shape[-1]
+    if m and ahead.possible(codes.device):
+        rows, r = weight.shape[0], 0 if outliers is None else outliers.shape[-1]
+        launch = _launch(
+            codes.device, _stand(codes, m, k), _stand(scale, m), _stand(zero_point, m), _stand(weight, rows, k),
+            _stand(weight_scale, rows), _stand(weight_sum, rows), _stand(bias, rows), _stand(outliers, m, r),
+            _stand(outlier_weight, rows, r), code_columns, _stand(out, m, n), act,
+            None if floor < 0 else _stand(bits, n + 1), floor,
+        )  # fmt: skip
+        ahead.compile(_linear_w8a8_wgmma, codes.device, launch.arguments, launch.constants)
+    return out, bits
+
+
+def _stand(tensor: Tensor | None, *shape: int) -> MockTensor | None:
+    """What the compiler takes for a contiguous tensor of this type."""
+    return None if tensor is None else MockTensor(tensor.dtype, [*shape])
 
 
 def _aligned(matrix: Tensor) -> Tensor:
@@ -387,21 +408,29 @@ def is_wide(m: int, n: int, multiprocessors: int) -> bool:
     return narrow > multiprocessors or n <= HALF
 
 
+class _Launch(NamedTuple):
+    """What a launch of the kernel takes."""
+
+    programs: int
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
 def _launch(
-    codes: Tensor, scale: Tensor, zero_point: Tensor | None, weight: Tensor, weight_scale: Tensor,
-    weight_sum: Tensor | None, bias: Tensor | None, outliers: Tensor | None, outlier_weight: Tensor | None,
-    code_columns: bool, out: Tensor, act: int, bits: Tensor | None, floor: int,
-) -> None:  # fmt: skip
-    """`codes[M, K]`, `scale[M]`, `zero_point[M]`, `weight[N, K]` → `out[M, N]`, or the gated `[M, N / 2]`."""
+    device: torch.device, codes: Any, scale: Any, zero_point: Any | None, weight: Any, weight_scale: Any,
+    weight_sum: Any | None, bias: Any | None, outliers: Any | None, outlier_weight: Any | None, code_columns: bool,
+    out: Any, act: int, bits: Any | None, floor: int,
+) -> _Launch:  # fmt: skip
+    """`codes[M, K]`, `scale[M]`, `zero_point[M]`, `weight[N, K]` → `out[M, N]`, or the gated `[M, N / 2]`: tensors, or
+    what stands for them while a model is traced."""
     m, k = codes.shape
     n = out.shape[1]
     gated = act != NO_ACTIVATION
-    multiprocessors = torch.cuda.get_device_properties(codes.device).multi_processor_count
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     wide = gated or is_wide(m, n, multiprocessors)
     step, second = (HALF, n) if gated or not wide else (2 * HALF, HALF)
     r = 0 if outliers is None else outliers.shape[1]
     tiles = -(-m // BLOCK_M) * -(-n // step)
-    programs = min(tiles, multiprocessors)
     a, w = descriptor(codes, BLOCK_M, BLOCK_K), descriptor(weight, HALF, BLOCK_K)
     o = ow = None
     if r:
@@ -409,10 +438,14 @@ def _launch(
         assert outlier_weight is not None
         depth = OUTLIERS // 2 if r <= OUTLIERS // 2 else OUTLIERS
         o, ow = descriptor(outliers, BLOCK_M, depth), descriptor(outlier_weight, HALF, depth)
-    _linear_w8a8_wgmma[(programs,)](
-        a, w, o, ow, descriptor(out, BLOCK_M, HALF), scale, scale.stride(0),
-        zero_point, 0 if zero_point is None else zero_point.stride(0), weight_scale, weight_sum, bias,
-        bits, floor, m, n, weight.shape[0], K=k, R=r, CODES=code_columns, ACT=act, NEXT=step, SECOND=second,
-        BUFFERS=BUFFERS if wide else NARROW_BUFFERS, BLOCK_M=BLOCK_M, HALF=HALF, BLOCK_K=BLOCK_K, GROUP=GROUP,
-        WIDE=wide, LOADER_REGISTERS=LOADER_REGISTERS, num_warps=WARPS,
+    arguments = (
+        a, w, o, ow, descriptor(out, BLOCK_M, HALF), scale, scale.stride()[0],
+        zero_point, 0 if zero_point is None else zero_point.stride()[0], weight_scale, weight_sum, bias,
+        bits, floor, m, n, weight.shape[0],
     )  # fmt: skip
+    constants = {
+        "K": k, "R": r, "CODES": code_columns, "ACT": act, "NEXT": step, "SECOND": second,
+        "BUFFERS": BUFFERS if wide else NARROW_BUFFERS, "BLOCK_M": BLOCK_M, "HALF": HALF, "BLOCK_K": BLOCK_K,
+        "GROUP": GROUP, "WIDE": wide, "LOADER_REGISTERS": LOADER_REGISTERS, "num_warps": WARPS,
+    }  # fmt: skip
+    return _Launch(min(tiles, multiprocessors), arguments, constants)

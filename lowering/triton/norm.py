@@ -73,28 +73,50 @@ def row_statistics(x, residual, hidden, eps, K: tl.constexpr, LAYER: tl.constexp
 
 
 @triton.jit
-def normalize(
-    x, residual, hidden, weight, bias, cols, mask, mean, reciprocal, offset,
+def load_terms(x, residual, hidden, weight, bias, cols, mask):
+    """All that a norm's result at `cols` is made of but the statistics: hidden value, gamma, bias (0 for none)."""
+    gamma = 0.0
+    if weight is not None:
+        gamma = tl.load(weight + cols, mask=mask, other=0.0).to(tl.float32)
+    beta = 0.0
+    if bias is not None:
+        beta = tl.load(bias + cols, mask=mask, other=0.0).to(tl.float32)
+    return load_hidden(x, residual, hidden, cols, mask), gamma, beta
+
+
+@triton.jit
+def normalized(
+    h, gamma, beta, x, residual, hidden, weight, bias, mean, reciprocal, offset,
     LAYER: tl.constexpr, ROUND_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """The norm's result at `cols`, rounded where the model rounds it; in fp32."""
-    y = (load_hidden(x, residual, hidden, cols, mask) - mean) * reciprocal
+    """The norm's result from its terms, rounded where the model rounds it; in fp32."""
+    y = (h - mean) * reciprocal
     element = x.dtype.element_ty if residual is None else hidden.dtype.element_ty
     if weight is None:
         y = rounded(y, element)
     elif ROUND_FIRST:
         # gamma in its own dtype, (gamma + offset) rounded to it; the product in the wider of the two dtypes.
-        gamma = tl.load(weight + cols, mask=mask, other=0.0).to(tl.float32) + offset
-        y = rounded(y, element).to(tl.float32) * rounded(gamma, weight.dtype.element_ty).to(tl.float32)
+        y = rounded(y, element).to(tl.float32) * rounded(gamma + offset, weight.dtype.element_ty).to(tl.float32)
         if weight.dtype.element_ty == element:
             y = rounded(y, element)
     else:
-        gamma = tl.load(weight + cols, mask=mask, other=0.0).to(tl.float32)
         y *= gamma if LAYER else gamma + offset
         if bias is not None:
-            y += tl.load(bias + cols, mask=mask, other=0.0).to(tl.float32)
+            y += beta
         y = rounded(y, element)
     return y.to(tl.float32)
+
+
+@triton.jit
+def normalize(
+    x, residual, hidden, weight, bias, cols, mask, mean, reciprocal, offset,
+    LAYER: tl.constexpr, ROUND_FIRST: tl.constexpr,
+):  # fmt: skip
+    """The norm's result at `cols`."""
+    h, gamma, beta = load_terms(x, residual, hidden, weight, bias, cols, mask)
+    return normalized(
+        h, gamma, beta, x, residual, hidden, weight, bias, mean, reciprocal, offset, LAYER, ROUND_FIRST
+    )  # fmt: skip
 
 
 @triton.jit
@@ -122,13 +144,10 @@ def _norm_quantize_kernel(
     if residual is not None:
         residual += row * residual_stride
         hidden += row * K
-    mean, reciprocal = row_statistics(x, residual, hidden, eps, K, LAYER, BLOCK)
     if marks is not None:  # early: loads that wait for one another
         column, taken = outlier_columns(marks, K, R, BLOCK_R)
-        value = normalize(
-            x, residual, hidden, weight, bias, column, taken, mean, reciprocal, offset, LAYER, ROUND_FIRST
-        )  # fmt: skip
-        store_gathered(outliers + row * R, value, taken, R, BLOCK_R)
+        h, gamma, beta = load_terms(x, residual, hidden, weight, bias, column, taken)
+    mean, reciprocal = row_statistics(x, residual, hidden, eps, K, LAYER, BLOCK)
     high = 0
     low = 0
     for start in range(0, K, BLOCK):
@@ -148,13 +167,18 @@ def _norm_quantize_kernel(
         )  # fmt: skip
         y = inliers(y, marks, cols, cols < K)
         # Loads before stores: the compiler merges equal loads only when nothing is written in between.
-        h = load_hidden(x, residual, hidden, cols, cols < K)
+        added = load_hidden(x, residual, hidden, cols, cols < K)
         tl.store(codes + cols, encode(y, inverse, zero, SYMMETRIC), mask=cols < K)
         if residual is not None:
-            tl.store(hidden + cols, rounded(h, hidden.dtype.element_ty), mask=cols < K)
+            tl.store(hidden + cols, rounded(added, hidden.dtype.element_ty), mask=cols < K)
     tl.store(scale + row, s)
     if not SYMMETRIC:
         tl.store(zero_point + row, zero)
+    if marks is not None:
+        value = normalized(
+            h, gamma, beta, x, residual, hidden, weight, bias, mean, reciprocal, offset, LAYER, ROUND_FIRST
+        )  # fmt: skip
+        store_gathered(outliers + row * R, value, taken, R, BLOCK_R)
 
 
 @triton.jit

@@ -102,7 +102,6 @@ def _quantize_rows_kernel(
     if marks is not None:  # early: loads that wait for one another
         column, taken = outlier_columns(marks, K, R, BLOCK_R)
         value = tl.load(x + column, mask=taken, other=0.0).to(tl.float32)
-        store_gathered(outliers + row * R, value, taken, R, BLOCK_R)
     high = 0
     low = 0
     for start in range(0, K, BLOCK):
@@ -120,6 +119,8 @@ def _quantize_rows_kernel(
     tl.store(scale + row, s)
     if not SYMMETRIC:
         tl.store(zero_point + row, zero)
+    if marks is not None:
+        store_gathered(outliers + row * R, value, taken, R, BLOCK_R)
 
 
 @triton.jit

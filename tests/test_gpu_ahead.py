@@ -1,0 +1,65 @@
+"""Kernels that Inductor cannot see are compiled while a model is traced, for just the launch that comes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lowering.triton import ahead
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def test_nothing_is_compiled_without_a_gpu() -> None:
+    assert not ahead.possible(torch.device("cpu"))
+    if not torch.cuda.is_available():
+        assert not ahead.possible(torch.device("cuda"))
+
+
+def test_what_fails_is_left_to_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of the compiler is no error of the tracing; nor is it tried twice."""
+    tried = []
+
+    def fail(*arguments: object) -> None:
+        tried.append(arguments)
+        raise RuntimeError("cannot be compiled")
+
+    class Driver:
+        @staticmethod
+        def get_current_device() -> int:
+            return 0
+
+    monkeypatch.setattr(ahead, "_load", fail)
+    monkeypatch.setattr(ahead.triton.runtime.driver, "_active", Driver())
+    for _ in range(2):
+        ahead.compile("kernel of this test", torch.device("cuda"), [1, None], {"BLOCK": 8})
+    ahead.wait()
+    assert len(tried) == 1
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("outliers", [0, 32])
+def test_tracing_compiles_what_is_launched(outliers: int) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel of Hopper")
+    hopper = pytest.importorskip("lowering.triton.hopper", reason="needs Gluon")
+    m, n, k = 384, 1056, 528  # of no other test
+
+    def arguments(device: str) -> tuple[object, ...]:
+        codes = torch.ones(m, k, dtype=torch.int8, device=device)
+        scale = torch.ones(m, 1, device=device)
+        weight, weight_scale = torch.ones(n, k, dtype=torch.int8, device=device), torch.ones(n, device=device)
+        columns = torch.ones(m, outliers, dtype=torch.bfloat16, device=device) if outliers else None
+        right = torch.ones(n, outliers, dtype=torch.bfloat16, device=device) if outliers else None
+        return codes, scale, None, weight, weight_scale, None, None, columns, right, False, torch.bfloat16, -1, -1
+
+    with FakeTensorMode():
+        hopper.linear_wgmma(*arguments("cuda"))
+    ahead.wait()
+    kernels = hopper._linear_w8a8_wgmma.device_caches[torch.cuda.current_device()][0]
+    ready = len(kernels)
+    out, _ = hopper.linear_wgmma(*arguments("cuda"))
+    assert len(kernels) == ready, "the launch compiled another kernel"
+    assert torch.equal(out, torch.full_like(out, k + outliers))
