@@ -157,15 +157,18 @@ def _store(c, staging, y, m, n):
 
 
 @gluon.jit
-def _raise_absmax(bits, floor, y, first, N):
-    """The column absmax of a tile above `floor`, joined with that of others. Each warp for its own rows: to compare
-    them with each other takes shared memory, which is all used, and a maximum without a result is not waited for."""
+def _column_absmax(bits, floor, y, first, N):
+    """The column absmax of a tile, where it goes, and whether it is above `floor` and above what others have found.
+    Each warp for its own rows: to compare them with each other takes shared memory, which is all used."""
     rows: gl.constexpr = y.shape[0] // gl.num_warps()
     value = y.to(gl.float32).to(gl.int32, bitcast=True) & 0x7FFFFFFF
     best = gl.max(gl.reshape(value, [gl.num_warps(), rows, y.shape[1]]), 1)
     n = first + gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, best.type.layout))[None, :]
     at = bits + gl.zeros_like(best) + n
-    gl.atomic_max(at, best, mask=(best > floor) & (n < N), sem="relaxed")
+    high = (best > floor) & (n < N)
+    # Where many columns are above the floor, maxima that change nothing would cost more than a pass of their own.
+    high &= best > gl.load(at, mask=high, other=0, cache_modifier=".cg")
+    return best, at, high
 
 
 @gluon.jit
@@ -200,9 +203,11 @@ def _write(
             R, CODES, HALF, OUT,
         )  # fmt: skip
         product = (gate.to(gl.float32) * y.to(c.dtype).to(gl.float32)).to(c.dtype)
+        if bits is not None:
+            best, at, high = _column_absmax(bits, floor, product, n, N)
         _store(c, staging, product, m, n)
         if bits is not None:
-            _raise_absmax(bits, floor, product, n, N)
+            gl.atomic_max(at, best, mask=high, sem="relaxed")  # without a result: nothing waits for it
 
 
 @gluon.jit
