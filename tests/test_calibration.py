@@ -277,10 +277,10 @@ def test_a_dynamic_range_stays_within_what_calibration_found() -> None:
 
 
 def test_hessians_are_collected_within_their_memory() -> None:
-    from int8pass.calibration.calibrate import _within_bytes
+    from int8pass.calibration.observe import within_bytes
 
-    assert _within_bytes({"a": 3, "b": 3, "c": 5, "d": 9, "e": 1}, 8) == [["a", "b"], ["c"], ["d"], ["e"]]
-    assert _within_bytes({}, 8) == []
+    assert within_bytes({"a": 3, "b": 3, "c": 5, "d": 9, "e": 1}, 8) == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert within_bytes({}, 8) == []
 
 
 @pytest.mark.parametrize("clipping", ["minmax", "moving_average", "percentile", "mse", "entropy", "output"])

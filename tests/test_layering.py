@@ -25,7 +25,8 @@ ALLOWED = {
     "int8pass.recipe": ("int8pass.errors", "int8pass.recipe_file"),
     "int8pass.graph": ("int8pass.graph", "int8pass.capture", "int8pass.errors", "lowering.registry"),
     "int8pass.capture": ("int8pass.graph.constants", "int8pass.errors"),
-    "int8pass.lower": ("int8pass.capture", "int8pass.errors", "int8pass.graph", "lowering"),
+    "int8pass.asked_once": (),
+    "int8pass.lower": ("int8pass.asked_once", "int8pass.capture", "int8pass.errors", "int8pass.graph", "lowering"),
 }
 _STAGE = ("int8pass.graph", "int8pass.capture", "int8pass.errors", "int8pass.recipe", "int8pass.match",
           "lowering.ops", "lowering.numerics")  # fmt: skip

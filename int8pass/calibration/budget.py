@@ -14,7 +14,7 @@ from int8pass.calibration.search import Choice
 
 FLOAT, KEPT = 6.0, 4.0
 COLUMNS = (0, 16, 32, 64)
-MULTIPLES = (0.5, 2.0, 4.0)  # of the average, that one site may have
+MULTIPLES = (0.5, 2.0, 4.0, 8.0, 12.0)  # of the average, that one site may have
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,23 @@ def option(choice: Choice, width: int) -> Option:
     return Option(choice, choice.error, FLOAT * len(choice.columns) / width)
 
 
-def allotted(options: Mapping[str, Sequence[Choice]], columns: int) -> dict[str, Choice]:
-    """A choice for every site such that all together have at most `columns` float columns each on average.
+def allotted(
+    options: Mapping[str, Sequence[tuple[Choice, float]]], outputs: Mapping[str, int], columns: int
+) -> dict[str, Choice]:
+    """A choice for every site such that all together have no more float weights than `columns` at every site would be.
 
-    They go where they save most error: a range that all tokens share has more to gain from them than one per token.
+    They go where they save most: a range that all tokens share has more to gain from them than one per token, and a
+    column costs as many weights as a site has outputs.
+
+    Args:
+        options: of each site, with what each costs the model's output, in any unit that all sites share.
+        outputs: N of each site, over all its linears.
     """
     offered = {
-        name: [Option(choice, choice.error, len(choice.columns) / columns) for choice in found]
+        name: [Option(choice, error, len(choice.columns) / columns) for choice, error in found]
         for name, found in options.items()
     }
-    chosen = spend(offered, dict.fromkeys(options, 1), cost=2.0)
+    chosen = spend(offered, outputs, cost=2.0)
     return {name: option.choice for name, option in chosen.items() if option.choice is not None}
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import platform
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -17,6 +17,7 @@ from int8pass.calibration import budget, clipping, observe
 from int8pass.calibration.observe import Progress, Sample
 from int8pass.calibration.rounding import gptq
 from int8pass.calibration.search import Choice, Trial
+from int8pass.calibration.sensitivity import NoGradient
 from int8pass.calibration.session import Session, SiteInfo, divergence, first_tensor
 from int8pass.calibration.statistics import ChannelStatistics
 from int8pass.errors import CalibrationError, CalibrationWarning
@@ -116,6 +117,7 @@ class Calibration:
         if not self._statistics:
             raise CalibrationError("no site was found: nothing in this model can be quantized (see int8pass.inspect)")
         self._samples = observe.samples(self._session, self._held, self._statistics, progress)
+        self._sensitive: dict[str, Sample] | None = None
         self._sites = _reached(self._session.sites, self._statistics, self._samples)
         self._hessians: dict[str, Tensor] = {}
 
@@ -135,7 +137,10 @@ class Calibration:
         budgeted = cost is not None or error is not None
         if (budgeted or _searches(start)) and not self._holds_out:
             raise CalibrationError("this recipe searches, and no batch was held out (hold_out=True)")
-        work = _Work(self._session, start, self._statistics, self._samples, self._hessians, columns, progress)
+        work = _Work(
+            self._session, start, self._statistics, self._samples, self._with_sensitivities, self._hessians, columns,
+            progress,
+        )  # fmt: skip
         if budgeted:
             settings = work.within(self._sites, self._held, cost, error)
         else:
@@ -147,6 +152,19 @@ class Calibration:
         others = {name: found for name, found in start.sites.items() if name not in ordered}
         made = dataclasses.replace(start, sites=MappingProxyType({**others, **ordered}), versions=_versions())
         return dataclasses.replace(made, tensors=MappingProxyType(work.codes(made, self._sites, self._ranging)))
+
+    def _with_sensitivities(self, progress: Progress) -> dict[str, Sample]:
+        """The sample, with what the model's output makes of an error at every token where that can be known."""
+        if self._sensitive is None:
+            try:
+                self._sensitive = observe.samples(self._session, self._held, self._statistics, progress, sensitive=True)
+            except NoGradient as reason:
+                warnings.warn(
+                    f"no gradient of the model's output ({reason}): columns go where they save most of a site's own "
+                    "relative error", CalibrationWarning, stacklevel=4,
+                )  # fmt: skip
+                self._sensitive = self._samples
+        return self._sensitive
 
 
 def _reached(
@@ -173,12 +191,13 @@ class _Work:
         recipe: Recipe,
         statistics: Mapping[str, ChannelStatistics],
         samples: Mapping[str, Sample],
+        sensitive: Callable[[Progress], Mapping[str, Sample]],
         hessians: dict[str, Tensor],
         columns: int | None,
         progress: Progress,
     ) -> None:
         self._session, self._recipe, self._progress = session, recipe, progress
-        self._hessians = hessians
+        self._hessians, self._sensitive = hessians, sensitive
         self._statistics, self._samples, self._columns = statistics, samples, columns
 
     def _scheme(self, name: str) -> Scheme:
@@ -186,9 +205,9 @@ class _Work:
         assert scheme is not None
         return scheme
 
-    def _trial(self, info: SiteInfo, scheme: Scheme) -> Trial:
-        statistics = self._statistics[info.name]
-        return Trial(self._samples[info.name], info.weights, scheme, statistics, info.channels)
+    def _trial(self, info: SiteInfo, scheme: Scheme, sensitive: bool = False) -> Trial:
+        samples = self._sensitive(self._progress) if sensitive else self._samples
+        return Trial(samples[info.name], info.weights, scheme, self._statistics[info.name], info.channels)
 
     def _count(self, scheme: Scheme, width: int, default: int | None = None) -> int:
         """Columns of a site. By default a share of the channels: at equal cost, the inputs of wide sites, where most of
@@ -202,18 +221,21 @@ class _Work:
         """Every site by its own scheme; columns that are searched with ranges for whole tensors go where they save
         most."""
         settings = {}
-        shared: dict[int, dict[str, list[Choice]]] = {}
+        shared: dict[int, dict[str, list[tuple[Choice, float]]]] = {}
         for done, info in enumerate(sites.values()):
             self._progress("choose", done, len(sites))
             scheme = self._scheme(info.name)
             shares = scheme.alpha is None and scheme.activations in {"static", "per_tensor"}
-            trial, count = self._trial(info, scheme), self._count(scheme, info.width, 64 if shares else None)
+            count = self._count(scheme, info.width, 64 if shares else None)
             if count and shares:
+                trial = self._trial(info, scheme, sensitive=True)
                 shared.setdefault(count, {})[info.name] = _by_count(trial, count)
             else:
+                trial = self._trial(info, scheme)
                 settings[info.name] = self._settings(info.name, trial.best(trial.smoothings(), count), scheme)
         for count, options in shared.items():
-            for name, choice in budget.allotted(options, count).items():
+            outputs = {name: sum(sites[name].sizes) for name in options}
+            for name, choice in budget.allotted(options, outputs, count).items():
                 settings[name] = self._settings(name, choice, self._scheme(name))
         self._progress("choose", len(sites), len(sites))
         return settings
@@ -312,7 +334,7 @@ class _Work:
             return {}
         made: dict[str, Tensor] = {}
         done = 0
-        groups = _within_bytes({name: 4 * sites[name].width ** 2 for name in sorted(names)}, HESSIANS)
+        groups = observe.within_bytes({name: 4 * sites[name].width ** 2 for name in sorted(names)}, HESSIANS)
         for group in groups:
             seconds = self._seconds(set(group), batches, keep=len(groups) == 1)
             for name in group:
@@ -332,28 +354,19 @@ class _Work:
         return known | found
 
 
-def _by_count(trial: Trial, count: int) -> list[Choice]:
-    """A site's best choice without columns, with `count`, and with other counts, of the vectors that did well there."""
+def _by_count(trial: Trial, count: int) -> list[tuple[Choice, float]]:
+    """A site's best choice without columns, with `count`, and with other counts, of the vectors that did well there;
+    each with what it costs the model's output (its own relative error, where that is not known)."""
     found, good = [], []
-    for n in (0, count):
+    for n, kept in ((0, 1), (count, 2)):
         ranked = trial.ranked(trial.smoothings(), n)
         found.append(ranked[0])
-        good += [dataclasses.replace(choice, columns=(), limits=None) for choice in ranked[:2]]
+        good += [dataclasses.replace(choice, columns=(), limits=None) for choice in ranked[:kept]]
     counts = {round(count * multiple) for multiple in budget.MULTIPLES}
-    return found + [trial.best(good, n) for n in sorted(counts) if 0 < n <= trial.x.shape[1]]
-
-
-def _within_bytes(sizes: Mapping[str, int], most: int) -> list[list[str]]:
-    """Names in order, in groups of at most `most` bytes, or of one."""
-    groups: list[list[str]] = []
-    free = 0
-    for name, size in sizes.items():
-        if not groups or size > free:
-            groups.append([])
-            free = most
-        groups[-1].append(name)
-        free -= size
-    return groups
+    most = max(count, trial.x.shape[1] // 3)  # beyond a third of the channels no more is gained than by keeping a site
+    found += [trial.best(good, n) for n in sorted(counts) if 0 < n <= min(most, trial.x.shape[1])]
+    costs = [trial.impact(choice) for choice in found]
+    return [(choice, choice.error if cost is None else cost) for choice, cost in zip(found, costs, strict=True)]
 
 
 def _rounded(info: SiteInfo, second: Tensor, found: SiteSettings, scheme: Scheme) -> dict[str, Tensor]:

@@ -28,6 +28,8 @@ class Sample:
     """fp32 [T, K]."""
     weights: Tensor
     """fp32 [T]."""
+    sensitivities: Tensor | None = None
+    """fp32 [T, readers]: ‖g‖² of every linear's output (`int8pass.calibration.sensitivity`)."""
 
 
 Progress = Callable[[str, int, int], None]
@@ -89,23 +91,42 @@ def _joined(own: dict[str, ChannelStatistics]) -> dict[str, ChannelStatistics]:
 
 
 def samples(
-    session: Session, batches: Sequence[Any], seen: Mapping[str, ChannelStatistics], progress: Progress
+    session: Session,
+    batches: Sequence[Any],
+    seen: Mapping[str, ChannelStatistics],
+    progress: Progress,
+    sensitive: bool = False,
 ) -> dict[str, Sample]:
     """A sample of every site in two strata, from all batches alike.
 
     At most `EXTREME` tokens are those that reach furthest beyond what their channels did in `seen`, and stand for
     themselves; at most `SAMPLE` evenly spaced ones stand for all others. A range that clips one token in a hundred may
     lose more by it than by the resolution of all, and evenly spaced tokens alone hardly ever show that.
+
+    With `sensitive` the sample knows how much the model's output depends on every token, by a backward pass a batch.
+
+    Raises:
+        NoGradient: the model has no gradients.
     """
     each, extreme = max(1, SAMPLE // len(batches)), max(1, EXTREME // len(batches))
     found: dict[str, list[Sample]] = {}
 
-    def visit(name: str, rows: Tensor) -> None:
+    def visit(name: str, rows: Tensor, squares: Tensor | None = None) -> None:
         if rows.shape[0]:
             absmax = seen[name].absmax.to(rows.device, torch.float32).clamp_min(1e-30)
-            found.setdefault(name, []).append(_sample(rows.float(), absmax, each, extreme))
+            found.setdefault(name, []).append(_sample(rows.float(), absmax, each, extreme, squares))
 
-    over(session, batches, "sample", progress, visit)
+    if sensitive:
+        progress("differentiate", 0, len(batches))
+        for done, batch in enumerate(batches):
+
+            def seen_by(name: str, x: Tensor, squares: Tensor, batch: Any = batch) -> None:
+                visit(name, kept_rows(x, batch), kept_rows(squares, batch))
+
+            session.differentiated(batch, done, seen_by)
+            progress("differentiate", done + 1, len(batches))
+    else:
+        over(session, batches, "sample", progress, visit)
     joined: dict[str, list[Sample]] = {}
     for other in gathered({name: _merged(parts, "cpu") for name, parts in found.items()}):
         for name, part in other.items():
@@ -116,10 +137,11 @@ def samples(
 
 def _merged(parts: Sequence[Sample], device: torch.device | str) -> Sample:
     rows, weights = torch.cat([part.rows for part in parts]), torch.cat([part.weights for part in parts])
-    return Sample(rows.to(device), weights.to(device))
+    each = [part.sensitivities for part in parts if part.sensitivities is not None]
+    return Sample(rows.to(device), weights.to(device), torch.cat(each).to(device) if each else None)
 
 
-def _sample(rows: Tensor, absmax: Tensor, each: int, extreme: int) -> Sample:
+def _sample(rows: Tensor, absmax: Tensor, each: int, extreme: int, squares: Tensor | None = None) -> Sample:
     """Of `rows[T, K]`: the `extreme` that exceed `absmax[K]` most, and `each` evenly spaced ones of the others."""
     count = rows.shape[0]
     extreme = min(extreme, count // 4)
@@ -129,7 +151,7 @@ def _sample(rows: Tensor, absmax: Tensor, each: int, extreme: int) -> Sample:
     chosen = torch.cat([order[:extreme], others[index.to(rows.device)]])
     weights = torch.full((len(chosen),), len(others) / len(index), device=rows.device)
     weights[:extreme] = 1.0
-    return Sample(rows[chosen], weights)
+    return Sample(rows[chosen], weights, None if squares is None else squares[chosen])
 
 
 def histograms(
@@ -170,6 +192,19 @@ def hessians(session: Session, batches: Sequence[Any], names: set[str], progress
         for name, part in other.items():
             first[name] = first[name] + part.to(first[name].device) if name in first else part
     return first
+
+
+def within_bytes(sizes: Mapping[str, int], most: int) -> list[list[str]]:
+    """Names in order, in groups of at most `most` bytes, or of one."""
+    groups: list[list[str]] = []
+    free = 0
+    for name, size in sizes.items():
+        if not groups or size > free:
+            groups.append([])
+            free = most
+        groups[-1].append(name)
+        free -= size
+    return groups
 
 
 def dist_size() -> int:

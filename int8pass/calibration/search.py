@@ -25,11 +25,13 @@ OUTLIER_FRACTIONS = tuple(2 ** (-i / 2) for i in range(1, 15))  # down to 1/128 
 AWQ_ALPHAS = tuple(i / 20 for i in range(1, 20))
 MOST_OUTPUTS = 1024  # per linear: of a larger one, evenly spaced rows stand for the rest
 # Fractions of a range: beyond it, because unseen tokens reach further, and within it.
-CLIPS = (2.0, 1.5, 1.25, 1.0, 0.85, 0.7, 0.55, 0.4)
+CLIPS = (2.0, 1.5, 1.25, 1.1, 1.0, 0.9, 0.8, 0.7, 0.55, 0.4)
 # What a clipped value's error counts, in squared errors of rounding. Rounding errors of many channels have no direction
 # in common; a clipped value takes away a part of what its token says. In SmolLM2's down_proj the tokens that a range
-# clips diverge 15 to 80 times as far as others with an error of that size.
-CLIPPED = 16.0
+# clips diverge 15 to 80 times as far as others with an error of that size; but with 16 for all of them ranges become
+# too wide: 4 left the least divergence, without columns and with them (18.1, 18.3 with 8, 19.4 with 16 thousandths of
+# a nat of O3; 4.0 and 4.9 with 64 columns).
+CLIPPED = 4.0
 WORTH = 1.1  # what is seen is clipped only where that saves a tenth of the error
 FINALISTS = 3  # smoothing vectors for which every fraction is tried
 REFINED = 2  # vectors whose largest channels are smoothed further
@@ -71,6 +73,8 @@ class Trial:
         # Where most outputs are zero (after a ReLU, say) the median says nothing.
         typical = torch.maximum(_median(energy, share), 1e-3 * mean) if one_range else mean
         self._token = share / (energy + typical.clamp_min(1e-30))  # what an error counts
+        self._sensitivities = sample.sensitivities
+        self._share = share
         self._taken: dict[int, tuple[Tensor, list[int]]] = {}  # by a vector's identity, with the vector
 
     def exponents(self, statistic: str, alpha: float | None) -> Tensor:
@@ -90,10 +94,22 @@ class Trial:
 
     def error(self, choice: Choice) -> float:
         """What `choice` costs on the sample."""
-        return self._errors(choice, [choice.limits])[0]
+        return self._errors(choice, [choice.limits], [self._token] * len(self.weights))[0]
 
-    def _errors(self, choice: Choice, ranges: Sequence[tuple[float, float] | None]) -> list[float]:
-        """What `choice` costs on the sample with each of some ranges; its weights are rounded once for all."""
+    def impact(self, choice: Choice) -> float | None:
+        """What `choice` costs the output of the whole model, in nats per token where that is a prediction; None where
+        the sample does not know. Comparable between sites, as `error` is not."""
+        if self._sensitivities is None:
+            return None
+        outputs = [w.shape[0] for w in self.weights]  # the mean over some stands for that over all
+        tokens = [self._share * g / (2 * n) for g, n in zip(self._sensitivities.unbind(1), outputs, strict=True)]
+        return self._errors(choice, [choice.limits], tokens)[0]
+
+    def _errors(
+        self, choice: Choice, ranges: Sequence[tuple[float, float] | None], tokens: Sequence[Tensor]
+    ) -> list[float]:
+        """What `choice` costs on the sample with each of some ranges; its weights are rounded once for all. `tokens`
+        has for every linear what a squared error of a token counts."""
         s = torch.exp2(choice.exponents).float()
         x, columns = self.x / s, list(choice.columns)
         outliers, x[:, columns] = x[:, columns], 0.0
@@ -106,13 +122,13 @@ class Trial:
         found = []
         for limits in ranges:
             inner = fake_quantize(x, self.scheme, limits)
-            total = torch.stack([(inner @ weight - wanted).square().sum(1) for weight, wanted in products]).sum(0)
-            error = (total * self._token).sum()
+            each = [(inner @ weight - wanted).square().sum(1) for weight, wanted in products]
+            error = torch.stack([e @ token for e, token in zip(each, tokens)]).sum()
             if limits is not None and self.scheme.ranged:
                 beyond = x - _clipped(x, self.scheme, limits)
                 rows = beyond.any(1)
-                lost = torch.stack([(beyond[rows] @ weight).square().sum(1) for weight, _ in products]).sum(0)
-                error += (CLIPPED - 1) * (lost * self._token[rows]).sum()
+                lost = [(beyond[rows] @ weight).square().sum(1) for weight, _ in products]
+                error += (CLIPPED - 1) * torch.stack([e @ token[rows] for e, token in zip(lost, tokens)]).sum()
             found.append(error)
         errors: list[float] = torch.stack(found).tolist()
         return errors
@@ -220,7 +236,8 @@ class Trial:
         """
         assert choice.limits is not None
         low, high = choice.limits
-        errors = dict(zip(CLIPS, self._errors(choice, [(f * low, f * high) for f in CLIPS])))
+        tokens = [self._token] * len(self.weights)
+        errors = dict(zip(CLIPS, self._errors(choice, [(f * low, f * high) for f in CLIPS], tokens)))
         best = min(errors, key=lambda f: errors[f])
         if best < 1.0 and errors[1.0] <= WORTH * errors[best]:
             best = 1.0

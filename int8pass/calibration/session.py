@@ -6,13 +6,14 @@ at each call what to run in its place, node by node: nothing is compiled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
+from int8pass.calibration.execute import Execute, divergence, first_tensor, kept_rows
+from int8pass.calibration.sensitivity import Differentiated, NoGradient, surrogate
 from int8pass.capture import Program, from_dynamo
 from int8pass.folds import Folds
 from int8pass.graph.constants import Constant, Store
@@ -50,6 +51,7 @@ class Session:
         self._model, self._recipe = model, recipe
         self._graphs: list[_Graph] = []
         self._make: Callable[[_Graph], Callable[..., Any]] = _Float
+        self._calls = 0  # of graphs, in the last run
 
     @property
     def sites(self) -> dict[str, SiteInfo]:
@@ -64,6 +66,27 @@ class Session:
         """Run a batch through the unquantized model, showing the inputs of its sites."""
         return self._run(batch, lambda graph: _Float(graph, visit))
 
+    def differentiated(self, batch: Any, seed: int, visit: Callable[[str, Tensor, Tensor], None]) -> None:
+        """Run a batch and show, of every site, its input `[..., K]` and `‖g‖² [..., readers]` of its outputs' gradients
+        g (`int8pass.calibration.sensitivity`). No gradient reaches the parameters.
+
+        Raises:
+            NoGradient: the output cannot be differentiated, or more than one graph made it.
+        """
+        if not self._calls:
+            self.plain(batch)
+        if self._calls != 1:  # what one graph makes is an input of the next, where Dynamo expects no gradient
+            raise NoGradient(f"{self._calls} graphs made the output")
+        runs: list[Differentiated] = []
+
+        def make(graph: _Graph) -> Callable[..., Any]:
+            runs.append(Differentiated(graph.program, graph.matches.sites))
+            return runs[-1]
+
+        output = self._run(batch, make)
+        for name, x, squares in runs[0].sensitivities(surrogate(output, batch, seed)):
+            visit(name, x, squares)
+
     def quantized(self, batch: Any, recipe: Recipe) -> Any:
         """Run a batch through the portable form of the model under `recipe`."""
         return self._run(batch, lambda graph: graph.portable(recipe))
@@ -77,7 +100,7 @@ class Session:
         return [graph.facts[id(recipe)] for graph in self._graphs if id(recipe) in graph.facts]
 
     def _run(self, batch: Any, make: Callable[[_Graph], Callable[..., Any]]) -> Any:
-        self._make = make
+        self._make, self._calls = make, 0
         return run(self._model, batch, self._backend)
 
     def _backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -86,6 +109,7 @@ class Session:
         self._graphs.append(graph)
 
         def call(*arguments: Any) -> Any:
+            self._calls += 1
             graph.arguments = arguments
             return self._make(graph)(*arguments)
 
@@ -104,7 +128,7 @@ class _Graph:
         self.arguments: tuple[Any, ...] = ()
         self.facts: dict[int, Facts] = {}
         self._recipe: Recipe | None = None
-        self._portable: _Execute | None = None
+        self._portable: Execute | None = None
         self._infos: list[SiteInfo] = []
 
     def infos(self) -> list[SiteInfo]:
@@ -133,33 +157,11 @@ class _Graph:
         if self._portable is None or self._recipe is not recipe:
             program = self.captured.copy()
             self.facts = {id(recipe): to_portable(program, recipe)}
-            self._recipe, self._portable = recipe, _Execute(program)
+            self._recipe, self._portable = recipe, Execute(program)
         return self._portable
 
 
-class _Execute(fx.Interpreter):
-    """Runs a program eagerly; constants are computed once."""
-
-    def __init__(self, program: Program) -> None:
-        super().__init__(program.gm)
-        self._program, self._store = program, Store()
-        self._values: dict[str, Tensor] = {}
-        self._arguments: tuple[Any, ...] = ()
-
-    def __call__(self, *arguments: Any) -> Any:
-        self._arguments = arguments
-        return self.run(*(arguments[i] for i in self._program.placeholders))
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Constants come from the parameters of this call."""
-        name = str(target)
-        if name not in self._values:
-            constant = self._program.constants[name]
-            self._values[name] = self._store.value(constant, lambda p: self._arguments[p.position])  # type: ignore[index]
-        return self._values[name]
-
-
-class _Float(_Execute):
+class _Float(Execute):
     """The normalized graph in its own precision, with the sites' inputs shown as they are computed."""
 
     def __init__(self, graph: _Graph, visit: Visit | None = None) -> None:
@@ -175,39 +177,4 @@ class _Float(_Execute):
         return result
 
 
-def kept_rows(x: Tensor, batch: Any) -> Tensor:
-    """The tokens `[T, K]` of a site's input `x[..., K]` that the batch's attention masks do not call padding.
-
-    A mask `[B, S]` (0: padding; by any name that ends in "attention_mask") applies to inputs of B x S tokens, in two
-    axes or in one. Where several fit (encoder and decoder of one length), a token must be in all of them.
-    """
-    rows = x.detach().reshape(-1, x.shape[-1])
-    keep: Tensor | None = None
-    for name, mask in batch.items() if isinstance(batch, Mapping) else ():
-        fits = isinstance(mask, Tensor) and mask.dim() == 2 and str(name).endswith("attention_mask")
-        if not fits or mask.numel() != rows.shape[0] or (x.dim() > 2 and tuple(x.shape[:-1]) != tuple(mask.shape)):
-            continue
-        here = (mask != 0).reshape(-1).to(rows.device)
-        keep = here if keep is None else keep & here
-    return rows if keep is None else rows[keep]
-
-
-def first_tensor(output: Any) -> Tensor | None:
-    """The first float tensor of a model's output: logits, where there are some."""
-    if isinstance(output, Tensor):
-        return output if output.is_floating_point() else None
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
-    for value in values:
-        found = first_tensor(value)
-        if found is not None:
-            return found
-    return None
-
-
-def divergence(found: Tensor, expected: Tensor) -> float:
-    """Squared relative error of an output, in fp64."""
-    found, expected = found.detach().double(), expected.detach().double()
-    return float((found - expected).square().sum() / expected.square().sum().clamp_min(1e-30))
-
-
-__all__ = ["Session", "SiteInfo", "divergence", "first_tensor", "kept_rows", "torch"]
+__all__ = ["Session", "SiteInfo", "divergence", "first_tensor", "kept_rows"]
