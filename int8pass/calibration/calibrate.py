@@ -55,9 +55,9 @@ def calibrate(
             batches, and all get the same recipe.
         recipe: what to start from: a preset name, a `Recipe` or the path of one. Its schemes say what is done.
         columns: float columns per site with `outliers="static"` (default: the scheme's capacity, or a twelfth of the
-            site's channels, 16 to 128). Where one range serves a whole tensor and α is searched, on average (default
-            64): a site gets more, fewer or none. "auto" with a number of columns has no budget: it smooths every site
-            and gives it that many.
+            site's channels, 16 to 128). Where one range serves a whole tensor and α is searched: as many float weights
+            as that many columns at every site would be (default 64), where the model's output depends on them most.
+            "auto" with a number of columns has no budget: it smooths every site and gives it that many.
         cost: choose {leave, smooth, split, both, keep 16-bit} for every site such that all together cost at most this
             multiple of plain int8 (`int8pass.calibration.budget`); 1.04 for the preset "auto".
         error: or stop where the mean relative error of the sites' outputs is this small.
