@@ -223,7 +223,9 @@ def calibrate(
         Path | None, typer.Option("--text", help="UTF-8 text like what MODEL will read (default: Python's help).")
     ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to run through MODEL.")] = 8,
-    columns: Annotated[int | None, typer.Option(min=1, help="Float columns per site (O2, O3: as many weights in all).")] = None,
+    columns: Annotated[
+        int | None, typer.Option(min=1, help="Float columns per site (O2, O3: as many weights in all).")
+    ] = None,
     cost: Annotated[float | None, typer.Option(min=1.0, help="Budget: multiple of plain int8's cost.")] = None,
     error: Annotated[float | None, typer.Option(min=0.0, help="Budget: mean relative error of the sites.")] = None,
 ) -> None:
