@@ -62,7 +62,9 @@ def test_quality_order(smollm2: tuple[nn.Module, Tensor]) -> None:
 
 def test_second_order_rounding_lowers_the_error_it_minimizes(smollm2: tuple[nn.Module, Tensor]) -> None:
     model, ids = smollm2
-    found = errors(FirstLayers(model, 4), ids, ("smoothed", "smoothed, weights to nearest"))
+    # By the median token: the Hessian weighs tokens alike, and what a range clips of a massive one it cannot mend.
+    names = ("smoothed", "smoothed, weights to nearest")
+    found = errors(FirstLayers(model, 4), ids, names, error=median_token_error)
     assert found["smoothed"] < found["smoothed, weights to nearest"], found
 
 

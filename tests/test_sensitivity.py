@@ -83,6 +83,16 @@ def test_no_gradient_reaches_the_parameters_or_the_model() -> None:
     assert not any(g.requires_grad for g in found.values())
 
 
+def test_a_caller_without_gradients_gets_the_same() -> None:
+    x = tokens(0, 2, 9)
+    for named in (True, False):
+        expected = squares(Classifier(named=named), x)
+        with torch.no_grad():
+            found = squares(Classifier(named=named), x)
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+        assert all(bool(g.any()) for g in found.values())
+
+
 def test_the_same_seed_gives_the_same_numbers() -> None:
     x = tokens(0, 2, 9)
     first, again, other = (squares(Classifier(), x, seed) for seed in (0, 0, 1))

@@ -88,10 +88,11 @@ def surrogate(output: Any, batch: Any, seed: int) -> Tensor:
     result = first_tensor(output) if logits is None else logits
     if result is None or result.dim() < 2:
         raise NoGradient("the model's output is no float tensor of tokens")
-    rows, keep = result.reshape(-1, result.shape[-1]), kept(result, batch)
-    rows = (rows if keep is None else rows[keep]).float()
-    chance = torch.Generator(rows.device).manual_seed(seed)
-    with torch.enable_grad():
+    keep = kept(result, batch)
+    chance = torch.Generator(result.device).manual_seed(seed)
+    with torch.enable_grad():  # whatever the caller has
+        rows = result.reshape(-1, result.shape[-1])
+        rows = (rows if keep is None else rows[keep]).float()
         if logits is not None:
             logarithms = rows.log_softmax(-1)
             drawn = torch.multinomial(logarithms.detach().exp(), 1, generator=chance)
