@@ -49,8 +49,10 @@ def int8(
     prepare(example_inputs)
     program = from_dynamo(gm, example_inputs)
     facts = pipeline.to_portable(program, settings.recipe)
-    counts_overflow = _output_overflow(program, facts.overflows)
+    results = _results(program)
+    _output_overflow(program, facts.overflows)
     pipeline.to_lowered(program, facts)
+    counts_overflow = _results(program) > results
     trace.emit(facts, settings.recipe)
     constants = lift_constants(program)
     mark_placeholders(program, gm)
@@ -69,17 +71,22 @@ def _refuse_gradients(inputs: Sequence[Any]) -> None:
         )
 
 
-def _output_overflow(program: Program, overflows: list[fx.Node]) -> bool:
-    """Add the number of outlier columns that found no place, over all sites, as a last output of the graph."""
+def _results(program: Program) -> int:
+    """How many values the graph returns."""
+    return len(next(n for n in reversed(program.graph.nodes) if n.op == "output").args[0])
+
+
+def _output_overflow(program: Program, overflows: list[fx.Node]) -> None:
+    """Add the number of outlier columns that found no place, over all sites, as a last output of the graph. Later
+    stages take those of sites out that have no columns on this device."""
     if not overflows:
-        return False
+        return
     output = next(n for n in reversed(program.graph.nodes) if n.op == "output")
     edit = Edit(program)
     total = overflows[0]
     for more in overflows[1:]:  # a chain of additions is one kernel; a stack copies every number with one of its own
         total = edit.call(torch.ops.aten.add.Tensor, total, more, before=output)
     output.args = ((*output.args[0], total),)
-    return True
 
 
 def _releaser(constants: list[Constant], inputs: Sequence[Any]) -> Callable[[], None]:

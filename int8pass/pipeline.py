@@ -20,6 +20,7 @@ from int8pass.capture import Program
 from int8pass.fuse import fuse
 from int8pass.graph import dialect
 from int8pass.graph.rewrite import RewriteLog
+from int8pass.hilo import columns_to_values
 from int8pass.lower import choose_implementations
 from int8pass.match import Matches, match
 from int8pass.normalize import normalize
@@ -87,6 +88,7 @@ def to_portable(
 def to_fused(program: Program, facts: Facts, watch: Watch = lambda stage, program: None) -> None:
     """Portable form → fused ops, in place."""
     facts.fused = fuse(program)
+    facts.fused.hits["columns_to_values"] += columns_to_values(program)
     dialect.check(program, "fused")
     watch("fused", program)
 

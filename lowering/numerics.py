@@ -95,3 +95,55 @@ def rows(x: Tensor) -> int | None:
     """Rows (tokens) of `x[..., K]` where that is known when compiling, else None."""
     sizes = x.shape[:-1]
     return None if any(isinstance(size, torch.SymInt) for size in sizes) else math.prod(sizes)
+
+
+HILO_REACH = 32500
+"""Largest code of an outlier without its zero point: int16, less a zero point and half a low plane."""
+
+
+def quantize_hilo(x: Tensor, threshold: float, symmetric: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows of `x[..., K]` → low halves int8, fp32 scale and int32 zero point `[..., 1]`, high halves int8.
+
+    Values within ±threshold make the scale, and have codes of 8 bits; the others have codes of 16. The scale is made
+    larger where an outlier would be beyond `HILO_REACH`, or where Σ|code| · 127 could leave an int32.
+    """
+    x = x.float()
+    magnitude = x.abs()
+    is_outlier = magnitude > threshold
+    inliers = torch.where(is_outlier, 0.0, x)
+    low, high = inliers.amin(-1, keepdim=True), inliers.amax(-1, keepdim=True)
+    if symmetric:
+        scale = symmetric_scale(torch.maximum(-low, high).clamp_min(0.0))
+    else:
+        scale, _ = affine_range(low, high)
+    needed = magnitude.amax(-1, keepdim=True) / HILO_REACH
+    needed = torch.maximum(needed, magnitude.sum(-1, keepdim=True) / hilo_sum(x.shape[-1]))
+    scale = torch.where(is_outlier.any(-1, keepdim=True), torch.maximum(scale, needed), scale)
+    zero_point = torch.zeros_like(scale)
+    if not symmetric:
+        zero_point = torch.round(INT8_MIN - low.clamp_max(0.0) * scale.reciprocal())
+    codes = torch.round(x * scale.reciprocal()) + zero_point
+    # An inlier that rounds to 128 would take a high half, and make its whole block be multiplied.
+    codes = torch.where(is_outlier, codes.clamp(-32768, 32639), codes.clamp(INT8_MIN, INT8_MAX)).to(torch.int32)
+    upper = (codes + 128) >> 8
+    return (codes - 256 * upper).to(torch.int8), scale, zero_point.to(torch.int32), upper.to(torch.int8)
+
+
+def hilo_sum(k: int) -> int:
+    """How large Σ|x| / scale over `k` channels may be: with zero points and rounding of them all, times 127, it fits an
+    int32."""
+    return int(2**24 - 129 * k)
+
+
+def block_width(k: int) -> int:
+    """Columns that one of the 32 bits of `used_blocks` stands for: a multiple of 128."""
+    return 128 * -(-k // 4096)
+
+
+def used_blocks(high: Tensor) -> Tensor:
+    """`high[..., K]` → int32 `[..., 1]`: bit b is set where a row has a value other than 0 in its block b."""
+    width = block_width(high.shape[-1])
+    padded = torch.nn.functional.pad((high != 0).to(torch.int64), (0, -high.shape[-1] % width))
+    used = padded.unflatten(-1, (-1, width)).amax(-1)
+    bits = (used << torch.arange(used.shape[-1], device=high.device)).sum(-1, keepdim=True)
+    return torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32)

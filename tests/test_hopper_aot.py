@@ -16,6 +16,7 @@ hopper = pytest.importorskip("lowering.triton.hopper", reason="the kernel needs 
 from sm90 import SM90, Compiled, resources  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
+from lowering.numerics import block_width  # noqa: E402
 from lowering.triton.act import CODE  # noqa: E402
 
 BF16, I8 = torch.bfloat16, torch.int8
@@ -27,7 +28,7 @@ def tile(kind: str, rows: int, width: int, dtype: torch.dtype) -> str:
 
 
 def compiled(
-    k: int, r: int, code_columns: bool, affine: bool, act: int, wide: bool = True, search: bool = False
+    k: int, r: int, code_columns: bool, affine: bool, act: int, wide: bool = True, hilo: bool = False
 ) -> Compiled:
     """What `hopper._launch` would compile for these forms, bf16 out."""
     side, half, depth = hopper.BLOCK_M, hopper.HALF, hopper.BLOCK_K
@@ -35,17 +36,18 @@ def compiled(
     signature: dict[str, str] = {
         "a": tile("i8", side, depth, I8), "w": tile("i8", half, depth, I8), "c": tile("bf16", side, half, BF16),
         "scale": "*fp32", "scale_stride": "i32", "zero_point_stride": "i32", "weight_scale": "*fp32",
-        "floor": "i32", "M": "i32", "N": "i32", "rows": "i32",
+        "M": "i32", "N": "i32", "rows": "i32",
     }  # fmt: skip
     if r:
         signature |= {"o": tile("bf16", side, depth_r, BF16), "ow": tile("bf16", half, depth_r, BF16)}
     if affine:
         signature |= {"zero_point": "*i32", "weight_sum": "*i32", "bias": "*bf16"}
-    if search:
-        signature["bits"] = "*i32"
+    if hilo:
+        signature |= {"ah": tile("i8", side, depth, I8), "blocks": "*i32"}
     gated = act >= 0
     constants: dict[str, Any] = {
-        "K": k, "R": r, "CODES": code_columns, "ACT": act, "NEXT": half if gated or not wide else 2 * half,
+        "K": k, "R": r, "PER": block_width(k) // depth if hilo else 0, "CODES": code_columns, "ACT": act,
+        "NEXT": half if gated or not wide else 2 * half,
         "SECOND": 14336 if gated else half, "BUFFERS": hopper.BUFFERS if wide else hopper.NARROW_BUFFERS, "WIDE": wide,
         "BLOCK_M": side, "HALF": half,
         "BLOCK_K": depth, "GROUP": hopper.GROUP, "LOADER_REGISTERS": hopper.LOADER_REGISTERS,
@@ -61,7 +63,7 @@ def compiled(
 
 @pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
 @pytest.mark.parametrize(
-    ("k", "r", "code_columns", "affine", "act", "search"),
+    ("k", "r", "code_columns", "affine", "act", "hilo"),
     [
         (4096, 0, False, False, hopper.NO_ACTIVATION, False),
         (4096, 0, False, True, hopper.NO_ACTIVATION, False),
@@ -71,18 +73,21 @@ def compiled(
         *((4096, 0, False, False, CODE[name], False) for name in ("silu", "gelu_tanh", "relu", "sigmoid")),
         (4096, 32, False, True, CODE["silu"], False),
         (4096, 64, True, True, CODE["silu"], False),
-        (4096, 64, True, False, CODE["silu"], True),
+        (4096, 0, False, True, hopper.NO_ACTIVATION, True),
+        (14336, 0, False, False, hopper.NO_ACTIVATION, True),
+        (4096, 0, False, True, CODE["silu"], True),
     ],
 )
-def test_asynchronous_wgmma(
-    k: int, r: int, code_columns: bool, affine: bool, act: int, search: bool, wide: bool
-) -> None:
+def test_asynchronous_wgmma(k: int, r: int, code_columns: bool, affine: bool, act: int, hilo: bool, wide: bool) -> None:
     if act >= 0 and not wide:
         pytest.skip("the gate product takes both halves")
-    code = compiled(k, r, code_columns, affine, act, wide, search)
+    code = compiled(k, r, code_columns, affine, act, wide, hilo)
     # A thread that multiplies has 240 registers, 128 of them for sums. Where a tile's epilogue takes more (outliers,
-    # and both halves at once), some wait in memory.
-    assert code.stack <= ((320 if act >= 0 else 32) if r else 0), "spills"
+    # zero points, and both halves at once), some wait in memory.
+    if r or hilo:
+        assert code.stack <= (320 if act >= 0 else 32), "spills"
+    else:
+        assert code.stack == 0, "spills"
     assert code.shared <= 227 * 1024
     assert "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8" in code.ptx
     # Products stay under way while the next step is prepared; Triton's own int8 loop waits for all.

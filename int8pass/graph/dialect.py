@@ -25,7 +25,9 @@ PORTABLE_OPS = {
 FUSED_OPS = {
     "linear_w8a8", "linear_w8a8_groups", "linear_w8a16", "split_quantize", "split_quantize_dynamic", "norm_quantize",
     "add_norm_quantize", "act_mul_quantize", "norm_quantize_dynamic", "add_norm_quantize_dynamic",
-    "act_mul_quantize_dynamic", "gated_linear_quantize", "gated_linear_quantize_dynamic",
+    "act_mul_quantize_dynamic", "gated_linear_quantize", "gated_linear_quantize_dynamic", "quantize_hilo",
+    "norm_quantize_hilo", "add_norm_quantize_hilo", "act_mul_quantize_hilo", "linear_w8a8_hilo",
+    "gated_linear_quantize_hilo",
 }  # fmt: skip
 
 

@@ -1,5 +1,5 @@
 """CPU implementations: our own C++ kernels, else `torch._int_mm` and plain tensor code that Inductor fuses."""
 
-from lowering.cpu import act, attention, linear, linear_groups, norm, quantize
+from lowering.cpu import act, attention, hilo, linear, linear_groups, norm, quantize
 
-__all__ = ["act", "attention", "linear", "linear_groups", "norm", "quantize"]
+__all__ = ["act", "attention", "hilo", "linear", "linear_groups", "norm", "quantize"]

@@ -260,12 +260,10 @@ def search(
     threshold: float,
     dtype: torch.dtype,
     device: torch.device,
-    bits: Tensor | None = None,
 ) -> Search:
-    """Memory for a search among `width` channels of `dtype` values; or its `bits`, filled by then."""
+    """Memory for a search among `width` channels of `dtype` values."""
     low = {torch.bfloat16: 16, torch.float16: 13}.get(dtype, 0)
-    if bits is None:
-        bits = torch.zeros(width + 1, dtype=torch.int32, device=device)
+    bits = torch.zeros(width + 1, dtype=torch.int32, device=device)
     return Search(bits, width, min(capacity, width), threshold, low)
 
 

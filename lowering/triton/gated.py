@@ -13,14 +13,9 @@ from lowering.ops.act import gated_linear_quantize, gated_linear_quantize_dynami
 from lowering.ops.linear import linear_w8a8
 from lowering.registry import Prepack
 from lowering.triton.act import CODE, act_mul_quantize_rows, act_mul_quantize_rows_dynamic
-from lowering.triton.columns import PREPACKED_COLUMNS, floor_of, search
-from lowering.triton.linear import _fills_hopper, _fits_w8a8, wgmma_product
-from lowering.triton.quantize import (
-    quantize_found,
-    quantize_rows,
-    split_quantize_rows,
-    split_quantize_rows_dynamic,
-)
+from lowering.triton.columns import PREPACKED_COLUMNS
+from lowering.triton.linear import fills_hopper, fits_w8a8, wgmma_product
+from lowering.triton.quantize import quantize_rows, split_quantize_rows, split_quantize_rows_dynamic
 
 # Activations that the epilogue knows: it has no error function.
 IN_EPILOGUE = ("silu", "gelu_tanh", "relu", "sigmoid")
@@ -33,7 +28,7 @@ def _takes(codes: Tensor, *rest: object) -> bool | str:
     weight = rest[2]
     if isinstance(weight, Tensor) and weight.shape[0] < 2:
         return "takes at least one channel of each half"
-    return _fits_w8a8(codes, *rest[:10])
+    return fits_w8a8(codes, rest[6], rest[9])  # type: ignore[arg-type]
 
 
 def _in_epilogue(codes: Tensor, *rest: object) -> bool | str:
@@ -44,7 +39,7 @@ def _in_epilogue(codes: Tensor, *rest: object) -> bool | str:
         return f"takes {', '.join(IN_EPILOGUE)}"
     if weight.shape[0] % 32:
         return "takes halves in multiples of 16 channels"
-    return _fills_hopper(codes, weight, outliers, columns, outlier_weight, dtype)  # type: ignore[arg-type]
+    return fills_hopper(codes, weight, outliers, columns, outlier_weight, dtype)  # type: ignore[arg-type]
 
 
 @gated_linear_quantize.impl("triton", when=_takes, prepack=PREPACKED)
@@ -119,7 +114,7 @@ def gated_linear_wgmma(
     linear = (
         codes, scale, zero_point, weight, weight_scale, weight_sum, bias, outliers, outlier_weight, columns, dtype
     )  # fmt: skip
-    product, _ = wgmma_product(*linear, CODE[act])
+    product = wgmma_product(*linear, CODE[act])
     if split_columns is None:
         return (*quantize_rows(product, symmetric), product.new_empty((*product.shape[:-1], 0)))
     return split_quantize_rows(product, split_columns, symmetric)
@@ -143,16 +138,8 @@ def gated_linear_wgmma_dynamic(
     threshold: float,
     symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The product comes out of the linear, under a threshold with its column maxima: no pass of their own.
-
-    A bias would reach the rows beyond the last, which a tile holds and never stores: they would count.
-    """
+    """The product comes out of the linear."""
     linear = (
         codes, scale, zero_point, weight, weight_scale, weight_sum, bias, outliers, outlier_weight, columns, dtype
     )  # fmt: skip
-    if threshold <= 0.0 or bias is not None:
-        product, _ = wgmma_product(*linear, CODE[act])
-        return split_quantize_rows_dynamic(product, capacity, threshold, symmetric)
-    product, bits = wgmma_product(*linear, CODE[act], floor_of(threshold))
-    found = search(product.shape[-1], capacity, threshold, dtype, product.device, bits)
-    return quantize_found(product, found, symmetric)
+    return split_quantize_rows_dynamic(wgmma_product(*linear, CODE[act]), capacity, threshold, symmetric)

@@ -6,7 +6,8 @@ across the border of two tiles: the loads of the next tile run under the epilogu
 halves of 128 channels. The halves lie side by side; or, for the gate and up projections of a gated MLP, they are the
 same channels of both, and the epilogue multiplies them: their product is all that reaches memory.
 
-Outlier columns are one more step of the same ring: 64 columns of bf16 are as many bytes as 128 of int8.
+Outlier columns are one more step of the same ring: 64 columns of bf16 are as many bytes as 128 of int8. High halves of
+codes (`lowering.ops.hilo`) come before the low ones, in steps of their own for the blocks of columns that have some.
 
 Where tiles of one half do not outnumber the multiprocessors, a tile has one half only.
 """
@@ -30,6 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import MockTensor
 
+from lowering import numerics
 from lowering.triton import ahead
 from lowering.triton.launch import expected_rows, per_row
 
@@ -57,9 +59,50 @@ def _position(tile, tiles_m, tiles_n, GROUP: gl.constexpr):
 
 
 @gluon.jit
+def _either(a, b):
+    return a | b
+
+
+@gluon.jit
+def _used(blocks, m, M, BLOCK_M: gl.constexpr):
+    """The blocks in which some row of a tile has high halves."""
+    rows = m + gl.arange(0, BLOCK_M, layout=gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0]))
+    return gl.reduce(gl.load(blocks + rows, mask=rows < M, other=0), 0, _either)
+
+
+@gluon.jit
+def _count(word):
+    """Bits that are set."""
+    rest = word.to(gl.uint32, bitcast=True)
+    rest = rest - ((rest >> 1) & 0x55555555)
+    rest = (rest & 0x33333333) + ((rest >> 2) & 0x33333333)
+    rest = (rest + (rest >> 4)) & 0x0F0F0F0F
+    return ((rest * 0x01010101) >> 24).to(gl.int32)
+
+
+@gluon.jit
+def _fill(
+    a, w, a_ring, w0_ring, w1_ring, full, free, m, n, k, step,
+    SECOND: gl.constexpr, BUFFERS: gl.constexpr, BLOCK_M: gl.constexpr, HALF: gl.constexpr, BLOCK_K: gl.constexpr,
+    WIDE: gl.constexpr,
+):  # fmt: skip
+    """One step of the ring, once its buffer is free."""
+    halves: gl.constexpr = 2 if WIDE else 1
+    slot = step % BUFFERS
+    bar = full.index(slot)
+    mbarrier.wait(free.index(slot), ((step // BUFFERS) & 1) ^ 1)
+    mbarrier.expect(bar, (BLOCK_M + halves * HALF) * BLOCK_K)
+    tma.async_copy_global_to_shared(a, [m, k * BLOCK_K], bar, a_ring.index(slot))
+    tma.async_copy_global_to_shared(w, [n, k * BLOCK_K], bar, w0_ring.index(slot))
+    if WIDE:
+        tma.async_copy_global_to_shared(w, [n + SECOND, k * BLOCK_K], bar, w1_ring.index(slot))
+
+
+@gluon.jit
 def _load(
-    a, w, o, ow, a_ring, w0_ring, w1_ring, full, free, M, N,
-    K_STEPS: gl.constexpr, R: gl.constexpr, NEXT: gl.constexpr, SECOND: gl.constexpr, BUFFERS: gl.constexpr,
+    a, w, o, ow, ah, blocks, a_ring, w0_ring, w1_ring, counts, full, free, M, N,
+    K_STEPS: gl.constexpr, R: gl.constexpr, PER: gl.constexpr,
+    NEXT: gl.constexpr, SECOND: gl.constexpr, BUFFERS: gl.constexpr,
     BLOCK_M: gl.constexpr, HALF: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     """One warp: the loads of all tiles of this program, as far ahead as the ring has room."""
@@ -70,15 +113,25 @@ def _load(
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         tile_m, tile_n = _position(tile, tiles_m, tiles_n, GROUP)
         m, n = tile_m * BLOCK_M, tile_n * NEXT
+        if PER > 0:
+            used = _used(blocks, m, M, BLOCK_M)
+            # Beside the first buffer of the tile: who waits for that can read how many of them have high halves.
+            mbarrier.wait(free.index(step % BUFFERS), ((step // BUFFERS) & 1) ^ 1)
+            number = gl.full([32], _count(used) * PER, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
+            counts.index(step % BUFFERS).store(number)
+            if used != 0:
+                for k in range((K_STEPS + PER - 1) // PER * PER):
+                    if ((used >> (k // PER)) & 1) != 0:
+                        _fill(
+                            ah, w, a_ring, w0_ring, w1_ring, full, free, m, n, k, step,
+                            SECOND, BUFFERS, BLOCK_M, HALF, BLOCK_K, WIDE,
+                        )  # fmt: skip
+                        step += 1
         for k in range(K_STEPS):
-            slot = step % BUFFERS
-            bar = full.index(slot)
-            mbarrier.wait(free.index(slot), ((step // BUFFERS) & 1) ^ 1)
-            mbarrier.expect(bar, (BLOCK_M + halves * HALF) * BLOCK_K)
-            tma.async_copy_global_to_shared(a, [m, k * BLOCK_K], bar, a_ring.index(slot))
-            tma.async_copy_global_to_shared(w, [n, k * BLOCK_K], bar, w0_ring.index(slot))
-            if WIDE:
-                tma.async_copy_global_to_shared(w, [n + SECOND, k * BLOCK_K], bar, w1_ring.index(slot))
+            _fill(
+                a, w, a_ring, w0_ring, w1_ring, full, free, m, n, k, step,
+                SECOND, BUFFERS, BLOCK_M, HALF, BLOCK_K, WIDE,
+            )  # fmt: skip
             step += 1
         if R > 0:
             kind: gl.constexpr = o.dtype
@@ -157,24 +210,9 @@ def _store(c, staging, y, m, n):
 
 
 @gluon.jit
-def _column_absmax(bits, floor, y, first, N):
-    """The column absmax of a tile, where it goes, and whether it is above `floor` and above what others have found.
-    Each warp for its own rows: to compare them with each other takes shared memory, which is all used."""
-    rows: gl.constexpr = y.shape[0] // gl.num_warps()
-    value = y.to(gl.float32).to(gl.int32, bitcast=True) & 0x7FFFFFFF
-    best = gl.max(gl.reshape(value, [gl.num_warps(), rows, y.shape[1]]), 1)
-    n = first + gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, best.type.layout))[None, :]
-    at = bits + gl.zeros_like(best) + n
-    high = (best > floor) & (n < N)
-    # Where many columns are above the floor, maxima that change nothing would cost more than a pass of their own.
-    high &= best > gl.load(at, mask=high, other=0, cache_modifier=".cg")
-    return best, at, high
-
-
-@gluon.jit
 def _write(
     left, right, o, ow0, ow1, c, staging, scale, scale_stride, zero_point, zero_point_stride,
-    weight_scale, weight_sum, bias, bits, floor, M, N, rows, m, n,
+    weight_scale, weight_sum, bias, M, rows, m, n,
     R: gl.constexpr, CODES: gl.constexpr, ACT: gl.constexpr, SECOND: gl.constexpr,
     BLOCK_M: gl.constexpr, HALF: gl.constexpr, OUT: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
@@ -203,18 +241,40 @@ def _write(
             R, CODES, HALF, OUT,
         )  # fmt: skip
         product = (gate.to(gl.float32) * y.to(c.dtype).to(gl.float32)).to(c.dtype)
-        if bits is not None:
-            best, at, high = _column_absmax(bits, floor, product, n, N)
         _store(c, staging, product, m, n)
-        if bits is not None:
-            gl.atomic_max(at, best, mask=high, sem="relaxed")  # without a result: nothing waits for it
+
+
+@gluon.jit
+def _products(
+    left, right, a_ring, w0_ring, w1_ring, full, free, step, count, BUFFERS: gl.constexpr, WIDE: gl.constexpr
+):
+    """Add the products of `count` steps of the ring, and free their buffers."""
+    for k in range(count):
+        slot = step % BUFFERS
+        mbarrier.wait(full.index(slot), (step // BUFFERS) & 1)
+        left = warpgroup_mma(a_ring.index(slot), w0_ring.index(slot).permute((1, 0)), left, is_async=True)
+        # What still runs is what was just issued: the buffer of the step before is free.
+        if WIDE:
+            right = warpgroup_mma(a_ring.index(slot), w1_ring.index(slot).permute((1, 0)), right, is_async=True)
+            left, right = warpgroup_mma_wait(num_outstanding=2, deps=(left, right))
+        else:
+            left = warpgroup_mma_wait(num_outstanding=1, deps=(left,))
+        # One thread arrives; Triton puts a barrier of these warps before it, so that all have waited.
+        mbarrier.arrive(free.index((step + BUFFERS - 1) % BUFFERS), count=1, pred=k > 0)
+        step += 1
+    if WIDE:
+        left, right = warpgroup_mma_wait(num_outstanding=0, deps=(left, right))
+    else:
+        left = warpgroup_mma_wait(num_outstanding=0, deps=(left,))
+    mbarrier.arrive(free.index((step + BUFFERS - 1) % BUFFERS), count=1, pred=count > 0)
+    return left, right, step
 
 
 @gluon.jit
 def _multiply(
-    a_ring, w0_ring, w1_ring, full, free, staging, o, c, scale, scale_stride, zero_point, zero_point_stride,
-    weight_scale, weight_sum, bias, bits, floor, M, N, rows,
-    K_STEPS: gl.constexpr, R: gl.constexpr, CODES: gl.constexpr, ACT: gl.constexpr,
+    a_ring, w0_ring, w1_ring, counts, full, free, staging, o, c, scale, scale_stride, zero_point, zero_point_stride,
+    weight_scale, weight_sum, bias, M, N, rows,
+    K_STEPS: gl.constexpr, R: gl.constexpr, PER: gl.constexpr, CODES: gl.constexpr, ACT: gl.constexpr,
     NEXT: gl.constexpr, SECOND: gl.constexpr, BUFFERS: gl.constexpr,
     BLOCK_M: gl.constexpr, HALF: gl.constexpr, GROUP: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
@@ -233,24 +293,18 @@ def _multiply(
         m, n = tile_m * BLOCK_M, tile_n * NEXT
         left = gl.zeros([BLOCK_M, HALF], gl.int32, ACC)
         right = gl.zeros([BLOCK_M, HALF], gl.int32, ACC)
-        for k in range(K_STEPS):
-            slot = step % BUFFERS
-            mbarrier.wait(full.index(slot), (step // BUFFERS) & 1)
-            left = warpgroup_mma(a_ring.index(slot), w0_ring.index(slot).permute((1, 0)), left, is_async=True)
-            # What still runs is what was just issued: the buffer of the step before is free.
-            if WIDE:
-                right = warpgroup_mma(a_ring.index(slot), w1_ring.index(slot).permute((1, 0)), right, is_async=True)
-                left, right = warpgroup_mma_wait(num_outstanding=2, deps=(left, right))
-            else:
-                left = warpgroup_mma_wait(num_outstanding=1, deps=(left,))
-            # One thread arrives; Triton puts a barrier of these warps before it, so that all have waited.
-            mbarrier.arrive(free.index((step + BUFFERS - 1) % BUFFERS), count=1, pred=k > 0)
-            step += 1
-        if WIDE:
-            left, right = warpgroup_mma_wait(num_outstanding=0, deps=(left, right))
-        else:
-            left = warpgroup_mma_wait(num_outstanding=0, deps=(left,))
-        mbarrier.arrive(free.index((step + BUFFERS - 1) % BUFFERS), count=1)
+        if PER > 0:
+            mbarrier.wait(full.index(step % BUFFERS), (step // BUFFERS) & 1)
+            number = counts.index(step % BUFFERS).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+            high_steps = gl.max(number, 0)
+            left, right, step = _products(
+                left, right, a_ring, w0_ring, w1_ring, full, free, step, high_steps, BUFFERS, WIDE
+            )  # fmt: skip
+            left = left << 8
+            right = right << 8
+        left, right, step = _products(
+            left, right, a_ring, w0_ring, w1_ring, full, free, step, K_STEPS, BUFFERS, WIDE
+        )  # fmt: skip
         last = step % BUFFERS
         o_tile = a_ring.index(last)
         ow0 = w0_ring.index(last)
@@ -266,7 +320,7 @@ def _multiply(
             ow1 = ow1._reinterpret(kind, [HALF, depth], wide)
         _write(
             left, right, o_tile, ow0, ow1, c, staging, scale, scale_stride, zero_point, zero_point_stride,
-            weight_scale, weight_sum, bias, bits, floor, M, N, rows, m, n,
+            weight_scale, weight_sum, bias, M, rows, m, n,
             R, CODES, ACT, SECOND, BLOCK_M, HALF, OUT, WIDE,
         )  # fmt: skip
         if R > 0:
@@ -276,20 +330,22 @@ def _multiply(
 
 @gluon.jit
 def _linear_w8a8_wgmma(
-    a, w, o, ow, c, scale, scale_stride, zero_point, zero_point_stride, weight_scale, weight_sum, bias,
-    bits, floor, M, N, rows,
-    K: gl.constexpr, R: gl.constexpr, CODES: gl.constexpr, ACT: gl.constexpr,
+    a, w, o, ow, ah, blocks, c, scale, scale_stride, zero_point, zero_point_stride, weight_scale, weight_sum, bias,
+    M, N, rows,
+    K: gl.constexpr, R: gl.constexpr, PER: gl.constexpr, CODES: gl.constexpr, ACT: gl.constexpr,
     NEXT: gl.constexpr, SECOND: gl.constexpr, BUFFERS: gl.constexpr,
     BLOCK_M: gl.constexpr, HALF: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr, WIDE: gl.constexpr,
     LOADER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """`N` columns of the result, `rows` of the weight. Tiles start `NEXT` columns apart, the halves `SECOND` rows."""
+    """`N` columns of the result, `rows` of the weight. Tiles start `NEXT` columns apart, halves `SECOND` rows. A bit
+    of `blocks` stands for `PER` steps of `ah`; 0: there is none."""
     a_ring = gl.allocate_shared_memory(gl.int8, [BUFFERS, BLOCK_M, BLOCK_K], a.layout)
     w0_ring = gl.allocate_shared_memory(gl.int8, [BUFFERS, HALF, BLOCK_K], w.layout)
     w1_ring = w0_ring
     if WIDE:
         w1_ring = gl.allocate_shared_memory(gl.int8, [BUFFERS, HALF, BLOCK_K], w.layout)
     staging = gl.allocate_shared_memory(c.dtype, [BLOCK_M, HALF], c.layout)
+    counts = gl.allocate_shared_memory(gl.int32, [BUFFERS, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(BUFFERS):
@@ -300,13 +356,13 @@ def _linear_w8a8_wgmma(
     gl.warp_specialize(
         [
             (_multiply, (
-                a_ring, w0_ring, w1_ring, full, free, staging, o, c, scale, scale_stride, zero_point,
-                zero_point_stride, weight_scale, weight_sum, bias, bits, floor, M, N, rows,
-                K_STEPS, R, CODES, ACT, NEXT, SECOND, BUFFERS, BLOCK_M, HALF, GROUP, WIDE,
+                a_ring, w0_ring, w1_ring, counts, full, free, staging, o, c, scale, scale_stride, zero_point,
+                zero_point_stride, weight_scale, weight_sum, bias, M, N, rows,
+                K_STEPS, R, PER, CODES, ACT, NEXT, SECOND, BUFFERS, BLOCK_M, HALF, GROUP, WIDE,
             )),
             (_load, (
-                a, w, o, ow, a_ring, w0_ring, w1_ring, full, free, M, N,
-                K_STEPS, R, NEXT, SECOND, BUFFERS, BLOCK_M, HALF, BLOCK_K, GROUP, WIDE,
+                a, w, o, ow, ah, blocks, a_ring, w0_ring, w1_ring, counts, full, free, M, N,
+                K_STEPS, R, PER, NEXT, SECOND, BUFFERS, BLOCK_M, HALF, BLOCK_K, GROUP, WIDE,
             )),
         ],
         [1],
@@ -336,32 +392,32 @@ def linear_wgmma(
     outliers: Tensor | None,
     outlier_weight: Tensor | None,
     code_columns: bool,
+    high: Tensor | None,
+    blocks: Tensor | None,
     dtype: torch.dtype,
     act: int,
-    floor: int,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """The linear of `codes[..., K]`; with `act` (a code of `lowering.triton.act`) the gated product of its halves.
 
-    With `code_columns` the outlier weights are columns of the codes `weight`, as `dtype`, and take its scale. The
-    second result, `[N + 1]` int32, is what `columns.Search` reads: the bits of every column's absmax where they are
-    above `floor` (the bits of a threshold), else 0; empty for -1. An op of its own and no traced launch: neither
-    Inductor nor AOTAutograd knows Gluon.
+    With `code_columns` the outlier weights are columns of the codes `weight`, as `dtype`, and take its scale. `high`
+    and `blocks` are those of `lowering.ops.hilo`. An op of its own and no traced launch: neither Inductor nor
+    AOTAutograd knows Gluon.
     """
     n = weight.shape[0] if act == NO_ACTIVATION else weight.shape[0] // 2
     out = torch.empty((*codes.shape[:-1], n), dtype=dtype, device=codes.device)
-    bits = torch.zeros(0 if floor < 0 else n + 1, dtype=torch.int32, device=codes.device)
     if out.numel():
         zeros = None if zero_point is None else per_row(zero_point, codes)
         flat = None if outliers is None else _aligned(outliers.reshape(-1, outliers.shape[-1]))
         launch = _launch(
             codes.device, _aligned(codes.reshape(-1, codes.shape[-1])), per_row(scale, codes), zeros,
             _aligned(weight), weight_scale.contiguous(), weight_sum, bias, flat,
-            None if outlier_weight is None else _aligned(outlier_weight), code_columns, out.view(-1, n), act,
-            None if floor < 0 else bits, floor,
+            None if outlier_weight is None else _aligned(outlier_weight), code_columns,
+            None if high is None else _aligned(high.reshape(-1, high.shape[-1])),
+            None if blocks is None else per_row(blocks, codes).contiguous(), out.view(-1, n), act,
         )  # fmt: skip
         ahead.wait()
         _linear_w8a8_wgmma[(launch.programs,)](*launch.arguments, **launch.constants)
-    return out, bits
+    return out
 
 
 @linear_wgmma.register_fake
@@ -376,12 +432,12 @@ def _(
     outliers: Tensor | None,
     outlier_weight: Tensor | None,
     code_columns: bool,
+    high: Tensor | None,
+    blocks: Tensor | None,
     dtype: torch.dtype,
     act: int,
-    floor: int,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     n = weight.shape[0] if act == NO_ACTIVATION else weight.shape[0] // 2
-    bits = codes.new_empty(0 if floor < 0 else n + 1, dtype=torch.int32)
     out = codes.new_empty((*codes.shape[:-1], n), dtype=dtype)
     m, k = expected_rows(math.prod(codes.shape[:-1])), codes.shape[-1]
     if m and ahead.possible(codes.device):
@@ -389,11 +445,11 @@ def _(
         launch = _launch(
             codes.device, _stand(codes, m, k), _stand(scale, m), _stand(zero_point, m), _stand(weight, rows, k),
             _stand(weight_scale, rows), _stand(weight_sum, rows), _stand(bias, rows), _stand(outliers, m, r),
-            _stand(outlier_weight, rows, r), code_columns, _stand(out, m, n), act,
-            None if floor < 0 else _stand(bits, n + 1), floor,
+            _stand(outlier_weight, rows, r), code_columns, _stand(high, m, k), _stand(blocks, m),
+            _stand(out, m, n), act,
         )  # fmt: skip
         ahead.compile(_linear_w8a8_wgmma, codes.device, launch.arguments, launch.constants)
-    return out, bits
+    return out
 
 
 def _stand(tensor: Tensor | None, *shape: int) -> MockTensor | None:
@@ -424,7 +480,7 @@ class _Launch(NamedTuple):
 def _launch(
     device: torch.device, codes: Any, scale: Any, zero_point: Any | None, weight: Any, weight_scale: Any,
     weight_sum: Any | None, bias: Any | None, outliers: Any | None, outlier_weight: Any | None, code_columns: bool,
-    out: Any, act: int, bits: Any | None, floor: int,
+    high: Any | None, blocks: Any | None, out: Any, act: int,
 ) -> _Launch:  # fmt: skip
     """`codes[M, K]`, `scale[M]`, `zero_point[M]`, `weight[N, K]` → `out[M, N]`, or the gated `[M, N / 2]`: tensors, or
     what stands for them while a model is traced."""
@@ -443,13 +499,15 @@ def _launch(
         assert outlier_weight is not None
         depth = OUTLIERS // 2 if r <= OUTLIERS // 2 else OUTLIERS
         o, ow = descriptor(outliers, BLOCK_M, depth), descriptor(outlier_weight, HALF, depth)
+    ah = None if high is None else descriptor(high, BLOCK_M, BLOCK_K)
     arguments = (
-        a, w, o, ow, descriptor(out, BLOCK_M, HALF), scale, scale.stride()[0],
+        a, w, o, ow, ah, blocks, descriptor(out, BLOCK_M, HALF), scale, scale.stride()[0],
         zero_point, 0 if zero_point is None else zero_point.stride()[0], weight_scale, weight_sum, bias,
-        bits, floor, m, n, weight.shape[0],
+        m, n, weight.shape[0],
     )  # fmt: skip
     constants = {
-        "K": k, "R": r, "CODES": code_columns, "ACT": act, "NEXT": step, "SECOND": second,
+        "K": k, "R": r, "PER": 0 if high is None else numerics.block_width(k) // BLOCK_K,
+        "CODES": code_columns, "ACT": act, "NEXT": step, "SECOND": second,
         "BUFFERS": BUFFERS if wide else NARROW_BUFFERS, "BLOCK_M": BLOCK_M, "HALF": HALF, "BLOCK_K": BLOCK_K,
         "GROUP": GROUP, "WIDE": wide, "LOADER_REGISTERS": LOADER_REGISTERS, "num_warps": WARPS,
     }  # fmt: skip

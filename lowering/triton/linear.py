@@ -13,12 +13,14 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowering import numerics
 from lowering.ops.linear import linear_w8a8, linear_w8a16
 from lowering.triton.launch import (
     FLOATS,
@@ -145,6 +147,30 @@ def add_outliers(
 
 
 @triton.jit
+def either(a, b):
+    """Bits of either."""
+    return a | b
+
+
+@triton.jit
+def add_high(
+    acc, a_pointers, w_pointers, in_use, has_row, has_col, depth,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """`acc + 256 · high @ weightᵀ` over the blocks of `WIDTH` columns whose bit is set (`lowering.ops.hilo`)."""
+    total = tl.zeros_like(acc)
+    for first in range(0, K, WIDTH):
+        if (in_use >> (first // WIDTH)) & 1 != 0:
+            end = tl.minimum(first + WIDTH, K)
+            for start in range(first, end, BLOCK_K):
+                inside = depth < end - start
+                a = tl.load(a_pointers + start, mask=has_row[:, None] & inside[None, :], other=0)
+                w = tl.load(w_pointers + start, mask=has_col[:, None] & inside[None, :], other=0)
+                total = tl.dot(a, w.T, total, out_dtype=tl.int32)
+    return acc + (total << 8)
+
+
+@triton.jit
 def store_tile(out, y, first_m, first_n, rows, cols, has_row, has_col, N):
     """Round a tile once and write the part of it that exists."""
     pointers = out + first_m * N + first_n + (rows[:, None] * N + cols[None, :])
@@ -155,10 +181,10 @@ def store_tile(out, y, first_m, first_n, rows, cols, has_row, has_col, N):
 def _linear_w8a8_kernel(
     codes, codes_stride, scale, scale_stride, zero_point, zero_point_stride,
     weight, weight_stride, weight_scale, weight_sum, bias,
-    outliers, outlier_stride, outlier_weight, outlier_weight_stride, columns, out, M, N,
+    outliers, outlier_stride, outlier_weight, outlier_weight_stride, columns, high, blocks, out, M, N,
     K: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
-    EVEN_N: tl.constexpr,
+    EVEN_N: tl.constexpr, HIGH_WIDTH: tl.constexpr,
 ):  # fmt: skip
     tile_m, tile_n = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP)
     # int64 for the tile's corner only (large tensors exceed 2^31 elements); offsets inside a tile fit int32.
@@ -171,6 +197,9 @@ def _linear_w8a8_kernel(
     depth = tl.arange(0, BLOCK_K)
     a_pointers = codes + first_m * codes_stride + (rows[:, None] * codes_stride + depth[None, :])
     w_pointers = weight + first_n * weight_stride + (cols[:, None] * weight_stride + depth[None, :])
+    used = 0
+    if high is not None:  # early: it takes as long as the first weights
+        used = tl.load(blocks + first_m + rows, mask=has_row, other=0)
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.int32)
     for start in range(0, K, BLOCK_K):
         a = load_tile(a_pointers, has_row, depth < K - start, False, K % BLOCK_K == 0)
@@ -178,6 +207,14 @@ def _linear_w8a8_kernel(
         acc = tl.dot(a, w.T, acc, out_dtype=tl.int32)
         a_pointers += BLOCK_K
         w_pointers += BLOCK_K
+    if high is not None:
+        in_use = tl.reduce(used, 0, either)
+        if in_use != 0:
+            a_pointers = high + first_m * K + (rows[:, None] * K + depth[None, :])
+            w_pointers = weight + first_n * weight_stride + (cols[:, None] * weight_stride + depth[None, :])
+            acc = add_high(
+                acc, a_pointers, w_pointers, in_use, has_row, has_col, depth, K, BLOCK_K, HIGH_WIDTH
+            )  # fmt: skip
     if zero_point is not None:
         zero = tl.load(zero_point + first_m * zero_point_stride + rows * zero_point_stride, mask=has_row, other=0)
         acc -= zero[:, None] * tl.load(weight_sum + first_n + cols, mask=has_col, other=0)[None, :]
@@ -305,8 +342,15 @@ def _weight_rows(weight: Tensor) -> Tensor:
     return weight if weight.stride(-1) == 1 else weight.contiguous()
 
 
-def _fits_w8a8(codes: Tensor, *rest: object) -> bool | str:
-    outliers, dtype = rest[6], rest[9]
+class Hilo(NamedTuple):
+    """What `lowering.ops.hilo` adds to int8 codes: their high halves `[..., K]`, and which blocks have some."""
+
+    high: Tensor
+    blocks: Tensor
+
+
+def fits_w8a8(codes: Tensor, outliers: object, dtype: torch.dtype) -> bool | str:
+    """Whether the tiles take these operands."""
     if dtype not in FLOATS or (isinstance(outliers, Tensor) and outliers.dtype not in FLOATS):
         return "the Triton kernels take float32, bfloat16 and float16"
     k = codes.shape[-1]
@@ -315,7 +359,23 @@ def _fits_w8a8(codes: Tensor, *rest: object) -> bool | str:
     return k <= MAX_K or f"{k} input channels may overflow an int32 sum (at most {MAX_K})"
 
 
-@linear_w8a8.impl("triton", when=_fits_w8a8)
+def _fits(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor | None,
+    bias: Tensor | None,
+    outliers: Tensor | None,
+    outlier_weight: Tensor | None,
+    columns: Tensor | None,
+    dtype: torch.dtype,
+) -> bool | str:
+    return fits_w8a8(codes, outliers, dtype)
+
+
+@linear_w8a8.impl("triton", when=_fits)
 @traceable
 def linear_w8a8_tiles(
     codes: Tensor,
@@ -331,6 +391,26 @@ def linear_w8a8_tiles(
     dtype: torch.dtype,
 ) -> Tensor:
     """One launch: int32 product and everything after it."""
+    return tiles_product(
+        codes, scale, zero_point, weight, weight_scale, weight_sum, bias, outliers, outlier_weight, columns, dtype
+    )
+
+
+def tiles_product(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor | None,
+    bias: Tensor | None,
+    outliers: Tensor | None,
+    outlier_weight: Tensor | None,
+    columns: Tensor | None,
+    dtype: torch.dtype,
+    hilo: Hilo | None = None,
+) -> Tensor:
+    """The linear in Triton's tiles, of codes with outlier columns or with high halves."""
     rows = as_rows(codes)
     m, k, n = rows.count, rows.width, weight.shape[0]
     out = torch.empty((*codes.shape[:-1], n), dtype=dtype, device=codes.device)
@@ -360,9 +440,11 @@ def linear_w8a8_tiles(
         weight, weight.stride(0), weight_scale.contiguous(), sums, None if bias is None else bias.contiguous(),
         None if left is None else left.data, 0 if left is None else left.stride,
         outlier_weight if r else None, outlier_weight.stride(0) if r and outlier_weight is not None else 0,
-        columns if r else None, out, m, n,
+        columns if r else None,
+        None if hilo is None else hilo.high.contiguous(),
+        None if hilo is None else per_row(hilo.blocks, codes), out, m, n,
         K=k, R=r, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_R=16 if r <= 16 else 32, GROUP=GROUP_M,
-        EVEN_N=n % tile.n == 0, num_warps=tile.warps, num_stages=tile.stages,
+        EVEN_N=n % tile.n == 0, HIGH_WIDTH=numerics.block_width(k), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
 
@@ -379,7 +461,7 @@ def on_hopper(device: torch.device) -> bool:
     return True
 
 
-def _fills_hopper(
+def fills_hopper(
     codes: Tensor, weight: Tensor, outliers: Tensor | None, columns: Tensor | None, outlier_weight: Tensor | None,
     dtype: torch.dtype,
 ) -> bool | str:  # fmt: skip
@@ -420,7 +502,7 @@ def _takes_hopper(
     columns: Tensor | None,
     dtype: torch.dtype,
 ) -> bool | str:
-    return _fills_hopper(codes, weight, outliers, columns, outlier_weight, dtype)
+    return fills_hopper(codes, weight, outliers, columns, outlier_weight, dtype)
 
 
 def wgmma_product(
@@ -436,16 +518,16 @@ def wgmma_product(
     columns: Tensor | None,
     dtype: torch.dtype,
     act: int = -1,
-    floor: int = -1,
-) -> tuple[Tensor, Tensor]:
-    """The linear by asynchronous `wgmma`; with `act` the gated product of its halves, and with `floor` ≥ 0 also
-    the bits of its column absmax."""
+    hilo: Hilo | None = None,
+) -> Tensor:
+    """The linear by asynchronous `wgmma`; with `act` the gated product of its halves."""
     from lowering.triton.hopper import linear_wgmma
 
     right = outlier_weight if columns is None else weight.index_select(1, columns).to(dtype)
-    result: tuple[Tensor, Tensor] = linear_wgmma(
+    result: Tensor = linear_wgmma(
         codes, scale, zero_point, weight, weight_scale, weight_sum, bias, outliers,
-        None if outliers is None else right, columns is not None, dtype, act, floor,
+        None if outliers is None else right, columns is not None, None if hilo is None else hilo.high,
+        None if hilo is None else hilo.blocks, dtype, act,
     )  # fmt: skip
     return result
 
@@ -467,7 +549,7 @@ def linear_w8a8_wgmma(
     """Many rows on Hopper: `lowering.triton.hopper`."""
     return wgmma_product(
         codes, scale, zero_point, weight, weight_scale, weight_sum, bias, outliers, outlier_weight, columns, dtype
-    )[0]
+    )
 
 
 @linear_w8a16.impl("triton", when=lambda x, *rest: takes_rows(x))

@@ -30,7 +30,6 @@ from lowering.triton.columns import (
     PREPACKED_COLUMNS,
     SEARCH_COLUMNS,
     SEARCH_ROWS,
-    Search,
     Split,
     bits_of,
     inliers,
@@ -197,13 +196,8 @@ def split_quantize_rows_dynamic(
         rows.data, rows.stride, *found.arguments(), m,
         BLOCK_M=SEARCH_ROWS, BLOCK_K=SEARCH_COLUMNS, ROWS=group, num_warps=4, **found.constants(),
     )  # fmt: skip
-    return quantize_found(x, found, symmetric)
-
-
-def quantize_found(x: Tensor, found: Search, symmetric: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The choice and the quantization, after a search kernel."""
     split, columns, overflow = found.result()
-    return (*_quantize(x, as_rows(x), split, symmetric), columns, overflow)
+    return (*_quantize(x, rows, split, symmetric), columns, overflow)
 
 
 # Left over from the portable form when nothing fused them: plain tensor code, which Inductor compiles to Triton itself.
