@@ -33,7 +33,7 @@ _QUANTIZE = {
 }
 _GATED = "gated_linear_quantize_dynamic"
 _LINEARS = {"linear_w8a8", _GATED}
-# Arguments of a linear: codes, scale, zero point, weight, its scale and sum, bias, outliers, their weight, columns, dtype.
+# Of a linear: codes, scale, zero point, weight, its scale and sum, bias, outliers, their weight, columns, dtype.
 _OPERANDS, _FLOAT_COLUMNS, _LINEAR_ARGUMENTS = (0, 1, 2, 7, 9), 8, 11
 
 
@@ -54,7 +54,7 @@ def columns_to_values(program: Program) -> int:
 
 
 def _convertible(program: Program) -> list[fx.Node]:
-    """The ops to rewrite, in graph order. A gated linear is one and reads one: it goes with its source or not at all."""
+    """The ops to rewrite, in graph order. A gated linear is one and reads one: it goes with its source or stays."""
     found = [n for n in program.graph.nodes if op_name(n) in {*_QUANTIZE, _GATED} and _takes(n)]
     while True:
         rest = [n for n in found if all(_follows(reader, n, found) for reader in _readers(n)) and _led(n, found)]

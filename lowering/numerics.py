@@ -99,17 +99,23 @@ def rows(x: Tensor) -> int | None:
 
 HILO_REACH = 32500
 """Largest code of an outlier without its zero point: int16, less a zero point and half a low plane."""
+HILO_BLOCKS = 8
+"""Blocks of columns, of at most 32, in which a row may keep outliers."""
 
 
-def quantize_hilo(x: Tensor, threshold: float, symmetric: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows of `x[..., K]` → low halves int8, fp32 scale and int32 zero point `[..., 1]`, high halves int8.
+def quantize_hilo(x: Tensor, threshold: float, symmetric: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Rows of `x[..., K]` → low halves int8, fp32 scale and int32 zero point `[..., 1]`, high halves int8, and the
+    int32 `[..., 1]` whose bit b is set where a row has outliers in its block b of `block_width(K)` columns.
 
     Values within ±threshold make the scale, and have codes of 8 bits; the others have codes of 16. The scale is made
-    larger where an outlier would be beyond `HILO_REACH`, or where Σ|code| · 127 could leave an int32.
+    larger where an outlier would be beyond `HILO_REACH`, or where Σ|code| · 127 could leave an int32. A row with
+    outliers in more than `HILO_BLOCKS` blocks has none: it is one of large values, not one with some.
     """
     x = x.float()
     magnitude = x.abs()
     is_outlier = magnitude > threshold
+    used = _by_block(is_outlier)
+    is_outlier &= used.sum(-1, keepdim=True) <= HILO_BLOCKS
     inliers = torch.where(is_outlier, 0.0, x)
     low, high = inliers.amin(-1, keepdim=True), inliers.amax(-1, keepdim=True)
     if symmetric:
@@ -126,7 +132,10 @@ def quantize_hilo(x: Tensor, threshold: float, symmetric: bool) -> tuple[Tensor,
     # An inlier that rounds to 128 would take a high half, and make its whole block be multiplied.
     codes = torch.where(is_outlier, codes.clamp(-32768, 32639), codes.clamp(INT8_MIN, INT8_MAX)).to(torch.int32)
     upper = (codes + 128) >> 8
-    return (codes - 256 * upper).to(torch.int8), scale, zero_point.to(torch.int32), upper.to(torch.int8)
+    used = _by_block(is_outlier)
+    bits = (used << torch.arange(used.shape[-1], device=x.device)).sum(-1, keepdim=True)
+    blocks = torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32)
+    return (codes - 256 * upper).to(torch.int8), scale, zero_point.to(torch.int32), upper.to(torch.int8), blocks
 
 
 def hilo_sum(k: int) -> int:
@@ -136,14 +145,12 @@ def hilo_sum(k: int) -> int:
 
 
 def block_width(k: int) -> int:
-    """Columns that one of the 32 bits of `used_blocks` stands for: a multiple of 128."""
-    return 128 * -(-k // 4096)
+    """Columns of one of at most 32 blocks of `k`: a power of two, at least 128."""
+    return max(128, (1 << (k - 1).bit_length()) // 32)
 
 
-def used_blocks(high: Tensor) -> Tensor:
-    """`high[..., K]` → int32 `[..., 1]`: bit b is set where a row has a value other than 0 in its block b."""
-    width = block_width(high.shape[-1])
-    padded = torch.nn.functional.pad((high != 0).to(torch.int64), (0, -high.shape[-1] % width))
-    used = padded.unflatten(-1, (-1, width)).amax(-1)
-    bits = (used << torch.arange(used.shape[-1], device=high.device)).sum(-1, keepdim=True)
-    return torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32)
+def _by_block(chosen: Tensor) -> Tensor:
+    """`chosen[..., K]`, bool → int64 `[..., blocks]`: 1 where a block has one."""
+    width = block_width(chosen.shape[-1])
+    padded = torch.nn.functional.pad(chosen.to(torch.int64), (0, -chosen.shape[-1] % width))
+    return padded.unflatten(-1, (-1, width)).amax(-1)

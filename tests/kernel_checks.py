@@ -85,10 +85,12 @@ def _verify_hilo(op: Op, args: tuple[Any, ...], got: Any) -> float:
     """Both halves are one code: a step over the border of two low halves moves both. Blocks are those of the result."""
 
     high, blocks = got[-2:]
-    assert (high.dtype, blocks.dtype, blocks.shape) == (torch.int8, torch.int32, (*high.shape[:-1], 1))
-    assert torch.equal(blocks, numerics.used_blocks(high)), "blocks are not those that have high halves"
     expected = op.reference(*args)
     finite = expected[-4].isfinite()
+    assert (blocks.dtype, blocks.shape) == (torch.int32, expected[-1].shape)
+    # A code more or less can move a value over the threshold only where it comes from a linear.
+    same = op.tolerance.codes > 1 or torch.equal(blocks * finite, expected[-1] * finite)
+    assert same, "other blocks than the reference's"
     codes = (got[-5].int() + 256 * got[-2].int() - expected[-5].int() - 256 * expected[-2].int()).abs() * finite
     assert not codes.numel() or int(codes.max()) <= op.tolerance.codes, f"codes differ by {int(codes.max())}"
     assert not (high * finite)[expected[-2] == 0].any() or op.tolerance.codes > 1, "a high half of an inlier"

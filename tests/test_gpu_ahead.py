@@ -40,8 +40,8 @@ def test_what_fails_is_left_to_the_launch(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("outliers", [0, 32])
-def test_tracing_compiles_what_is_launched(outliers: int) -> None:
+@pytest.mark.parametrize(("outliers", "hilo"), [(0, False), (32, False), (0, True)])
+def test_tracing_compiles_what_is_launched(outliers: int, hilo: bool) -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the kernel of Hopper")
     hopper = pytest.importorskip("lowering.triton.hopper", reason="needs Gluon")
@@ -53,13 +53,30 @@ def test_tracing_compiles_what_is_launched(outliers: int) -> None:
         weight, weight_scale = torch.ones(n, k, dtype=torch.int8, device=device), torch.ones(n, device=device)
         columns = torch.ones(m, outliers, dtype=torch.bfloat16, device=device) if outliers else None
         right = torch.ones(n, outliers, dtype=torch.bfloat16, device=device) if outliers else None
-        return codes, scale, None, weight, weight_scale, None, None, columns, right, False, torch.bfloat16, -1, -1
+        high = torch.ones(m, k, dtype=torch.int8, device=device) if hilo else None
+        blocks = torch.ones(m, 1, dtype=torch.int32, device=device) if hilo else None
+        return (
+            codes,
+            scale,
+            None,
+            weight,
+            weight_scale,
+            None,
+            None,
+            columns,
+            right,
+            False,
+            high,
+            blocks,
+            torch.bfloat16,
+            -1,
+        )
 
     with FakeTensorMode():
         hopper.linear_wgmma(*arguments("cuda"))
     ahead.wait()
     kernels = hopper._linear_w8a8_wgmma.device_caches[torch.cuda.current_device()][0]
     ready = len(kernels)
-    out, _ = hopper.linear_wgmma(*arguments("cuda"))
+    out = hopper.linear_wgmma(*arguments("cuda"))
     assert len(kernels) == ready, "the launch compiled another kernel"
-    assert torch.equal(out, torch.full_like(out, k + outliers))
+    assert torch.equal(out, torch.full_like(out, k + outliers + 256 * 128 * hilo))

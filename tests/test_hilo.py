@@ -154,9 +154,27 @@ def test_codes_err_by_half_a_step_and_their_sum_fits(
     assert int(codes.abs().sum(-1).max()) * 127 < 2**31
     assert not high[x.abs() <= threshold].any()
     width = numerics.block_width(k)
+    assert -(-k // width) <= 32
     for row in range(3):
         bits = {b for b in range(32) if (int(blocks[row]) >> b) & 1}
-        assert bits == {int(c) // width for c in high[row].nonzero()}
+        large = {int(c) // width for c in (x[row].abs() > threshold).nonzero()}
+        assert bits == (large if len(large) <= numerics.HILO_BLOCKS else set())
+        assert bits >= {int(c) // width for c in high[row].nonzero()}
+
+
+def test_a_row_with_large_values_everywhere_has_plain_codes() -> None:
+    x = torch.randn(2, 4096)
+    x[0, 64 : 64 + 128 * 8 : 128] = 50.0  # eight blocks
+    x[1, 64 : 64 + 128 * 9 : 128] = 50.0
+    low, scale, zero, high, blocks = ops.quantize_hilo.reference(x, 6.0, False)
+    assert int(blocks[0]) == 0xFF
+    assert scale[0] < 10 / 255
+    codes, own_scale, own_zero = numerics.quantize_affine(x[1])
+    assert torch.equal(low[1], codes)
+    assert torch.equal(scale[1], own_scale)
+    assert torch.equal(zero[1], own_zero)
+    assert not high[1].any()
+    assert not blocks[1].any()
 
 
 def test_without_outliers_codes_are_those_of_int8() -> None:

@@ -15,7 +15,7 @@ if triton.knobs.runtime.interpret:
 
 from sm90 import BF16, F16, F32, I8, Compiled, compile_for_sm90, empty, launches, one, w8a8_args  # noqa: E402
 
-from lowering.triton import linear, tuning  # noqa: E402
+from lowering.triton import hilo, linear, tuning  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Linear layers
@@ -161,3 +161,31 @@ def test_dynamic_prologues(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(passes) == 3
         for launch in (passes[0], passes[2]):
             assert compile_for_sm90(launch).stack == 0, f"{launch.kernel.__name__} spills"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Codes in two planes
+
+
+@pytest.mark.parametrize(("m", "n"), shapes(linear.W8A8_TILES))
+def test_hilo(monkeypatch: pytest.MonkeyPatch, m: int, n: int) -> None:
+    args = w8a8_args(m, n, 4096)
+    operands = (*args[:3], empty(m, 4096, dtype=I8), empty(m, 1, dtype=torch.int32), *args[3:7], args[-1])
+    _, code = one(monkeypatch, hilo.linear_w8a8_hilo_tiles, *operands)
+    assert code.stack == 0, "spills"
+    assert code.shared <= 227 * 1024
+
+
+@pytest.mark.parametrize("k", [4096, 14336])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_hilo_rows(monkeypatch: pytest.MonkeyPatch, k: int, symmetric: bool) -> None:
+    x, gamma = empty(16, k), empty(k)
+    for wrapper, args in [
+        (hilo.quantize_hilo_rows, (x, 6.0, symmetric)),
+        (hilo.add_norm_quantize_hilo_rows, (x, x, gamma, None, 1e-5, 0.0, "rms_round_first", 6.0, symmetric)),
+        (hilo.act_mul_quantize_hilo_rows, (x, x, "silu", 6.0, symmetric)),
+    ]:
+        launch, code = one(monkeypatch, wrapper, *args)
+        assert code.stack == 0, f"{wrapper.__name__} spills"
+        assert 32 * launch.options["num_warps"] * code.registers <= (65536 if "norm" in wrapper.__name__ else 32768)
+        assert re.search(r"ld\.global\.v4\.b32", code.ptx), "16-byte loads"

@@ -44,10 +44,11 @@ def quantize_hilo(x: Tensor, threshold: float, symmetric: bool) -> tuple[Tensor,
 
     `x ≈ (256 · high + low - zero_point) · scale` within scale / 2, beyond the threshold too. A row without outliers has
     the codes of `quantize_per_token`. The scale is larger than the inliers need only where an outlier would leave int16
-    (beyond 255 times their range), or the row's magnitudes could overflow an int32 sum.
+    (beyond 255 times their range), or the row's magnitudes could overflow an int32 sum. A row with values beyond the
+    threshold in more than 8 of its blocks of columns (see above) has codes of plain int8, too: large values everywhere
+    are no outliers, and to multiply every block twice would take twice the time.
     """
-    low, scale, zero_point, high = numerics.quantize_hilo(x, threshold, symmetric)
-    return low, scale, zero_point, high, numerics.used_blocks(high)
+    return numerics.quantize_hilo(x, threshold, symmetric)
 
 
 def _norm_samples(device: torch.device) -> Iterator[Sample]:

@@ -1,7 +1,6 @@
 """Outliers value by value (`lowering.ops.hilo`): the row kernels, one program per row, and the linears that read them.
 
-One pass over the row, like plain int8 quantization, and one more byte written per value. A row without outliers is done
-with the first statistics; one with some takes them again without those.
+A row stays in registers, like in plain int8 quantization; one more byte is written per value.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from lowering import numerics
 from lowering.ops.hilo import (
-    MAX_K,
     act_mul_quantize_hilo,
     add_norm_quantize_hilo,
     gated_linear_quantize_hilo,
@@ -24,8 +22,8 @@ from lowering.ops.hilo import (
 from lowering.triton.act import CODE, product
 from lowering.triton.columns import floor_of
 from lowering.triton.gated import IN_EPILOGUE
-from lowering.triton.launch import as_rows, empty, rounded, row_block, takes_rows, traceable, wrap_triton
-from lowering.triton.linear import Hilo, either, fills_hopper, fits_w8a8, tiles_product, wgmma_product
+from lowering.triton.launch import MAX_BLOCK, as_rows, empty, rounded, row_block, takes_rows, traceable, wrap_triton
+from lowering.triton.linear import Hilo, fills_hopper, fits_w8a8, tiles_product, wgmma_product
 from lowering.triton.norm import load_hidden, normalize, row_statistics
 from lowering.triton.quantize import round_to_int, row_extent, row_outputs, row_scale
 
@@ -33,81 +31,69 @@ REACH = tl.constexpr(float(numerics.HILO_REACH))
 
 
 @triton.jit
-def inlier(y, threshold):
-    """`y` with 0 where it is an outlier; NaN is none, and makes the scale NaN."""
-    return tl.where(tl.abs(y) > threshold, 0.0, y)
+def whole_extent(y, floor, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr):
+    """`row_extent`, and as bits the blocks of columns with values above the floor.
+
+    Block by block first: what one thread or warp holds needs no other.
+    """
+    COUNT: tl.constexpr = 1 if BLOCK <= GROUP else BLOCK // GROUP
+    by_block = tl.max(tl.reshape(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, [COUNT, BLOCK // COUNT]), 1)
+    used = tl.sum((by_block > floor).to(tl.int32) << tl.arange(0, COUNT), 0)
+    if SYMMETRIC:
+        above = tl.max(by_block, 0)
+        below = 0
+    else:
+        above, below = row_extent(y, False)
+    return above, below, used
 
 
 @triton.jit
-def hilo_scale(high, low, needed, SYMMETRIC: tl.constexpr):
-    """`row_scale`, or what the outliers need where that is more."""
-    scale, inverse, zero = row_scale(high, low, SYMMETRIC)
+def has_outliers(used, LIMIT: tl.constexpr):
+    """Whether large values are in few enough blocks to be outliers."""
+    count = used - ((used >> 1) & 0x55555555)
+    count = (count & 0x33333333) + ((count >> 2) & 0x33333333)
+    count = (((count + (count >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24
+    return (count > 0) & (count <= LIMIT)
+
+
+@triton.jit
+def hilo_scale(above, below, absmax, total, SUM: tl.constexpr, SYMMETRIC: tl.constexpr):
+    """`row_scale`, or what the outliers of a row take where that is more (0 if there are none)."""
+    scale, inverse, zero = row_scale(above, below, SYMMETRIC)
+    needed = tl.maximum(tl.div_rn(absmax.to(tl.float32, bitcast=True), REACH), tl.div_rn(total, SUM * 1.0))
     if needed > scale:
         scale = needed
         inverse = tl.div_rn(1.0, scale)
         if not SYMMETRIC:
-            zero = round_to_int(low.to(tl.float32, bitcast=True) * inverse - 128.0)
+            zero = round_to_int(below.to(tl.float32, bitcast=True) * inverse - 128.0)
     return scale, inverse, zero
 
 
 @triton.jit
-def hilo_needs(absmax, total, SUM: tl.constexpr):
-    """The scale below which an outlier would leave int16, or the sum of a product int32."""
-    return tl.maximum(tl.div_rn(absmax.to(tl.float32, bitcast=True), REACH), tl.div_rn(total, SUM * 1.0))
-
-
-@triton.jit
-def store_hilo(
-    y, inverse, zero, threshold, codes, high, cols, K: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr
+def store_row(
+    y, row, codes, scale, zero_point, high, blocks, threshold, floor,
+    K: tl.constexpr, SUM: tl.constexpr, LIMIT: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write both halves of a piece of a row; the blocks in which a high half is not 0, as bits."""
+    """All results for a row, fp32 with zeros beyond `K`."""
+    above, below, used = whole_extent(y, floor, GROUP, SYMMETRIC, BLOCK)
+    absmax, total = tl.maximum(above, below), tl.sum(tl.abs(y), 0)
+    keeps = has_outliers(used, LIMIT)
+    # Without a branch: in one, ptxas takes twice the registers, and one program fills a multiprocessor instead of two.
+    inner, lower = row_extent(tl.where(tl.abs(y) > threshold, 0.0, y), SYMMETRIC)
+    above, below = tl.where(keeps, inner, above), tl.where(keeps, lower, below)
+    used, threshold = tl.where(keeps, used, 0), tl.where(keeps, threshold, float("inf"))
+    absmax, total = tl.where(keeps, absmax, 0), tl.where(keeps, total, 0.0)
+    s, inverse, zero = hilo_scale(above, below, absmax, total, SUM, SYMMETRIC)
     code = round_to_int(y * inverse)
     if not SYMMETRIC:
         code += zero
     low = tl.minimum(tl.maximum(code, -128), 127)
     code = tl.where(tl.abs(y) > threshold, tl.minimum(tl.maximum(code, -32768), 32639), low)
     upper = (code + 128) >> 8
-    tl.store(codes + cols, (code - (upper << 8)).to(tl.int8), mask=cols < K)
-    tl.store(high + cols, upper.to(tl.int8), mask=cols < K)
-    return tl.reduce(tl.where((upper != 0) & (cols < K), 1 << (cols // GROUP), 0), 0, either)
-
-
-@triton.jit
-def _quantize_hilo_kernel(
-    x, x_stride, codes, scale, zero_point, high, blocks, threshold, floor,
-    K: tl.constexpr, SUM: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    x += row * x_stride
-    upper = 0
-    lower = 0
-    needed = 0.0
-    for start in range(0, K, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        above, below = row_extent(tl.load(x + cols, mask=cols < K, other=0.0).to(tl.float32), SYMMETRIC)
-        upper = tl.maximum(upper, above)
-        lower = tl.maximum(lower, below)
-    absmax = tl.maximum(upper, lower)
-    if absmax > floor:
-        upper = 0
-        lower = 0
-        total = 0.0
-        for start in range(0, K, BLOCK):
-            cols = start + tl.arange(0, BLOCK)
-            y = tl.load(x + cols, mask=cols < K, other=0.0).to(tl.float32)
-            above, below = row_extent(inlier(y, threshold), SYMMETRIC)
-            upper = tl.maximum(upper, above)
-            lower = tl.maximum(lower, below)
-            total += tl.sum(tl.abs(y), 0)
-        needed = hilo_needs(absmax, total, SUM)
-    s, inverse, zero = hilo_scale(upper, lower, needed, SYMMETRIC)
-    used = 0
-    for start in range(0, K, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        y = tl.load(x + cols, mask=cols < K, other=0.0).to(tl.float32)
-        used |= store_hilo(
-            y, inverse, zero, threshold, codes + row * K, high + row * K, cols, K, GROUP, SYMMETRIC
-        )  # fmt: skip
+    cols = tl.arange(0, BLOCK)
+    tl.store(codes + row * K + cols, (code - (upper << 8)).to(tl.int8), mask=cols < K)
+    tl.store(high + row * K + cols, upper.to(tl.int8), mask=cols < K)
     tl.store(blocks + row, used)
     tl.store(scale + row, s)
     if not SYMMETRIC:
@@ -115,11 +101,25 @@ def _quantize_hilo_kernel(
 
 
 @triton.jit
+def _quantize_hilo_kernel(
+    x, x_stride, codes, scale, zero_point, high, blocks, threshold, floor,
+    K: tl.constexpr, SUM: tl.constexpr, LIMIT: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    y = tl.load(x + row * x_stride + cols, mask=cols < K, other=0.0).to(tl.float32)
+    store_row(
+        y, row, codes, scale, zero_point, high, blocks, threshold, floor, K, SUM, LIMIT, GROUP, SYMMETRIC, BLOCK
+    )  # fmt: skip
+
+
+@triton.jit
 def _norm_quantize_hilo_kernel(
     x, x_stride, residual, residual_stride, weight, bias, hidden, codes, scale, zero_point, high, blocks,
     threshold, floor, eps, offset,
-    K: tl.constexpr, SUM: tl.constexpr, GROUP: tl.constexpr, LAYER: tl.constexpr, ROUND_FIRST: tl.constexpr,
-    SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, SUM: tl.constexpr, LIMIT: tl.constexpr, GROUP: tl.constexpr, LAYER: tl.constexpr,
+    ROUND_FIRST: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x += row * x_stride
@@ -127,95 +127,31 @@ def _norm_quantize_hilo_kernel(
         residual += row * residual_stride
         hidden += row * K
     mean, reciprocal = row_statistics(x, residual, hidden, eps, K, LAYER, BLOCK)
-    upper = 0
-    lower = 0
-    needed = 0.0
-    for start in range(0, K, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        y = normalize(
-            x, residual, hidden, weight, bias, cols, cols < K, mean, reciprocal, offset, LAYER, ROUND_FIRST
-        )  # fmt: skip
-        above, below = row_extent(tl.where(cols < K, y, 0.0), SYMMETRIC)
-        upper = tl.maximum(upper, above)
-        lower = tl.maximum(lower, below)
-    absmax = tl.maximum(upper, lower)
-    if absmax > floor:
-        upper = 0
-        lower = 0
-        total = 0.0
-        for start in range(0, K, BLOCK):
-            cols = start + tl.arange(0, BLOCK)
-            y = normalize(
-                x, residual, hidden, weight, bias, cols, cols < K, mean, reciprocal, offset, LAYER, ROUND_FIRST
-            )  # fmt: skip
-            y = tl.where(cols < K, y, 0.0)
-            above, below = row_extent(inlier(y, threshold), SYMMETRIC)
-            upper = tl.maximum(upper, above)
-            lower = tl.maximum(lower, below)
-            total += tl.sum(tl.abs(y), 0)
-        needed = hilo_needs(absmax, total, SUM)
-    s, inverse, zero = hilo_scale(upper, lower, needed, SYMMETRIC)
-    used = 0
-    for start in range(0, K, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        y = normalize(
-            x, residual, hidden, weight, bias, cols, cols < K, mean, reciprocal, offset, LAYER, ROUND_FIRST
-        )  # fmt: skip
-        # Loads before stores: the compiler merges equal loads only when nothing is written in between.
+    cols = tl.arange(0, BLOCK)
+    y = normalize(
+        x, residual, hidden, weight, bias, cols, cols < K, mean, reciprocal, offset, LAYER, ROUND_FIRST
+    )  # fmt: skip
+    if residual is not None:
         added = load_hidden(x, residual, hidden, cols, cols < K)
-        used |= store_hilo(
-            y, inverse, zero, threshold, codes + row * K, high + row * K, cols, K, GROUP, SYMMETRIC
-        )  # fmt: skip
-        if residual is not None:
-            tl.store(hidden + cols, rounded(added, hidden.dtype.element_ty), mask=cols < K)
-    tl.store(blocks + row, used)
-    tl.store(scale + row, s)
-    if not SYMMETRIC:
-        tl.store(zero_point + row, zero)
+        tl.store(hidden + cols, rounded(added, hidden.dtype.element_ty), mask=cols < K)
+    y = tl.where(cols < K, y, 0.0)
+    store_row(
+        y, row, codes, scale, zero_point, high, blocks, threshold, floor, K, SUM, LIMIT, GROUP, SYMMETRIC, BLOCK
+    )  # fmt: skip
 
 
 @triton.jit
 def _act_mul_quantize_hilo_kernel(
     gate, gate_stride, up, up_stride, codes, scale, zero_point, high, blocks, threshold, floor,
-    K: tl.constexpr, SUM: tl.constexpr, GROUP: tl.constexpr, ACT: tl.constexpr, SYMMETRIC: tl.constexpr,
-    BLOCK: tl.constexpr,
+    K: tl.constexpr, SUM: tl.constexpr, LIMIT: tl.constexpr, GROUP: tl.constexpr, ACT: tl.constexpr,
+    SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    gate += row * gate_stride
-    up += row * up_stride
-    upper = 0
-    lower = 0
-    needed = 0.0
-    for start in range(0, K, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        above, below = row_extent(product(gate, up, cols, cols < K, ACT), SYMMETRIC)
-        upper = tl.maximum(upper, above)
-        lower = tl.maximum(lower, below)
-    absmax = tl.maximum(upper, lower)
-    if absmax > floor:
-        upper = 0
-        lower = 0
-        total = 0.0
-        for start in range(0, K, BLOCK):
-            cols = start + tl.arange(0, BLOCK)
-            y = product(gate, up, cols, cols < K, ACT)
-            above, below = row_extent(inlier(y, threshold), SYMMETRIC)
-            upper = tl.maximum(upper, above)
-            lower = tl.maximum(lower, below)
-            total += tl.sum(tl.abs(y), 0)
-        needed = hilo_needs(absmax, total, SUM)
-    s, inverse, zero = hilo_scale(upper, lower, needed, SYMMETRIC)
-    used = 0
-    for start in range(0, K, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        y = product(gate, up, cols, cols < K, ACT)
-        used |= store_hilo(
-            y, inverse, zero, threshold, codes + row * K, high + row * K, cols, K, GROUP, SYMMETRIC
-        )  # fmt: skip
-    tl.store(blocks + row, used)
-    tl.store(scale + row, s)
-    if not SYMMETRIC:
-        tl.store(zero_point + row, zero)
+    cols = tl.arange(0, BLOCK)
+    y = product(gate + row * gate_stride, up + row * up_stride, cols, cols < K, ACT)
+    store_row(
+        y, row, codes, scale, zero_point, high, blocks, threshold, floor, K, SUM, LIMIT, GROUP, SYMMETRIC, BLOCK
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,18 +169,23 @@ def _outputs(like: Tensor, symmetric: bool) -> Five:
 def _constants(k: int, symmetric: bool) -> dict[str, int]:
     """Constants of all row kernels."""
     block, warps = row_block(k)
+    assert block >= k
     return {
-        "K": k, "SUM": numerics.hilo_sum(k), "GROUP": numerics.block_width(k), "SYMMETRIC": symmetric,
-        "BLOCK": block, "num_warps": warps,
+        "K": k, "SUM": numerics.hilo_sum(k), "LIMIT": numerics.HILO_BLOCKS, "GROUP": numerics.block_width(k),
+        "SYMMETRIC": symmetric, "BLOCK": block, "num_warps": warps,
     }  # fmt: skip
 
 
 def _takes(*tensors: Tensor | None) -> bool | str:
     verdict = takes_rows(*tensors)
-    width = tensors[0].shape[-1] if tensors[0] is not None and tensors[0].dim() else 0
-    if verdict is True and width > MAX_K:
-        return f"takes at most {MAX_K} channels"
+    if verdict is True and tensors[0] is not None and tensors[0].shape[-1] > MAX_BLOCK:
+        return f"takes rows of at most {MAX_BLOCK}"
     return verdict
+
+
+# Longer rows than stay in registers: plain tensor code, which Inductor compiles.
+for _op in (quantize_hilo, norm_quantize_hilo, add_norm_quantize_hilo, act_mul_quantize_hilo):
+    _op.impl("triton", when=lambda x, *rest: takes_rows(x))(_op.reference)
 
 
 @quantize_hilo.impl("triton", when=lambda x, *rest: _takes(x))

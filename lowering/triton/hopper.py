@@ -266,7 +266,7 @@ def _products(
         left, right = warpgroup_mma_wait(num_outstanding=0, deps=(left, right))
     else:
         left = warpgroup_mma_wait(num_outstanding=0, deps=(left,))
-    mbarrier.arrive(free.index((step + BUFFERS - 1) % BUFFERS), count=1, pred=count > 0)
+    mbarrier.arrive(free.index((step + BUFFERS - 1) % BUFFERS), count=1)
     return left, right, step
 
 
@@ -297,11 +297,12 @@ def _multiply(
             mbarrier.wait(full.index(step % BUFFERS), (step // BUFFERS) & 1)
             number = counts.index(step % BUFFERS).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
             high_steps = gl.max(number, 0)
-            left, right, step = _products(
-                left, right, a_ring, w0_ring, w1_ring, full, free, step, high_steps, BUFFERS, WIDE
-            )  # fmt: skip
-            left = left << 8
-            right = right << 8
+            if high_steps > 0:
+                left, right, step = _products(
+                    left, right, a_ring, w0_ring, w1_ring, full, free, step, high_steps, BUFFERS, WIDE
+                )  # fmt: skip
+                left = left << 8
+                right = right << 8
         left, right, step = _products(
             left, right, a_ring, w0_ring, w1_ring, full, free, step, K_STEPS, BUFFERS, WIDE
         )  # fmt: skip

@@ -154,20 +154,26 @@ def either(a, b):
 
 @triton.jit
 def add_high(
-    acc, a_pointers, w_pointers, in_use, has_row, has_col, depth,
+    acc, high, weight, weight_stride, used, rows, cols, has_row, has_col,
     K: tl.constexpr, BLOCK_K: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """`acc + 256 · high @ weightᵀ` over the blocks of `WIDTH` columns whose bit is set (`lowering.ops.hilo`)."""
-    total = tl.zeros_like(acc)
-    for first in range(0, K, WIDTH):
-        if (in_use >> (first // WIDTH)) & 1 != 0:
-            end = tl.minimum(first + WIDTH, K)
-            for start in range(first, end, BLOCK_K):
-                inside = depth < end - start
-                a = tl.load(a_pointers + start, mask=has_row[:, None] & inside[None, :], other=0)
-                w = tl.load(w_pointers + start, mask=has_col[:, None] & inside[None, :], other=0)
-                total = tl.dot(a, w.T, total, out_dtype=tl.int32)
-    return acc + (total << 8)
+    """`acc + 256 · high @ weightᵀ` over the blocks of `WIDTH` columns that some row uses (`lowering.ops.hilo`)."""
+    in_use = tl.reduce(used, 0, either)
+    if in_use != 0:
+        depth = tl.arange(0, BLOCK_K)
+        a_pointers = high + (rows[:, None] * K + depth[None, :])
+        w_pointers = weight + (cols[:, None] * weight_stride + depth[None, :])
+        total = tl.zeros_like(acc)
+        for first in range(0, K, WIDTH):
+            if (in_use >> (first // WIDTH)) & 1 != 0:
+                end = tl.minimum(first + WIDTH, K)
+                for start in range(first, end, BLOCK_K):
+                    inside = depth < end - start
+                    a = tl.load(a_pointers + start, mask=has_row[:, None] & inside[None, :], other=0)
+                    w = tl.load(w_pointers + start, mask=has_col[:, None] & inside[None, :], other=0)
+                    total = tl.dot(a, w.T, total, out_dtype=tl.int32)
+        acc += total << 8
+    return acc
 
 
 @triton.jit
@@ -208,13 +214,10 @@ def _linear_w8a8_kernel(
         a_pointers += BLOCK_K
         w_pointers += BLOCK_K
     if high is not None:
-        in_use = tl.reduce(used, 0, either)
-        if in_use != 0:
-            a_pointers = high + first_m * K + (rows[:, None] * K + depth[None, :])
-            w_pointers = weight + first_n * weight_stride + (cols[:, None] * weight_stride + depth[None, :])
-            acc = add_high(
-                acc, a_pointers, w_pointers, in_use, has_row, has_col, depth, K, BLOCK_K, HIGH_WIDTH
-            )  # fmt: skip
+        acc = add_high(
+            acc, high + first_m * K, weight + first_n * weight_stride, weight_stride, used, rows, cols, has_row,
+            has_col, K, BLOCK_K, HIGH_WIDTH,
+        )  # fmt: skip
     if zero_point is not None:
         zero = tl.load(zero_point + first_m * zero_point_stride + rows * zero_point_stride, mask=has_row, other=0)
         acc -= zero[:, None] * tl.load(weight_sum + first_n + cols, mask=has_col, other=0)[None, :]
@@ -435,6 +438,8 @@ def tiles_product(
     if not isinstance(found, Tile):
         found = choose_tile(tiles, expected_rows(m), n, k, (1, 1), shared_memory(codes.device))
     tile = found
+    if hilo is not None and tile.m * tile.n > 64 * 128:
+        tile = replace(tile, warps=8)  # its two sums are too much for the registers of four
     wrap_triton(_linear_w8a8_kernel)[(_count(m, tile.m) * _count(n, tile.n),)](
         rows.data, rows.stride, scales, scales.stride(0), zeros, 0 if zeros is None else zeros.stride(0),
         weight, weight.stride(0), weight_scale.contiguous(), sums, None if bias is None else bias.contiguous(),
