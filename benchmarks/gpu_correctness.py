@@ -151,12 +151,15 @@ def row_speed() -> list[dict[str, Any]]:
             ("quantize_per_token", (x, True), 3 * token),
             ("split_quantize", (x, columns, True), 3 * token),
             ("split_quantize_dynamic", (x, 64, 6.0, True), 5 * token),
+            ("quantize_hilo", (x, 6.0, True), 4 * token),
             ("rms_norm", (x, gamma, 1e-5, 0.0, True), 4 * token),
             ("norm_quantize", (x, gamma, None, 1e-5, 0.0, "rms_round_first", None, True), 3 * token),
             ("add_norm_quantize", (x, r, gamma, None, 1e-5, 0.0, "rms_round_first", None, True), 7 * token),
             ("add_norm_quantize_dynamic", (x, r, gamma, None, 1e-5, 0.0, "rms_round_first", 64, 6.0, True), 9 * token),
+            ("add_norm_quantize_hilo", (x, r, gamma, None, 1e-5, 0.0, "rms_round_first", 6.0, True), 8 * token),
             ("act_mul_quantize", (gate, up, "silu", None, True), 5 * 14336),
             ("act_mul_quantize_dynamic", (gate, up, "silu", 64, 0.0, True), 9 * 14336),
+            ("act_mul_quantize_hilo", (gate, up, "silu", 6.0, True), 6 * 14336),
         ]:
             op = ops[name]
             implementation = op.choose("triton", args)
