@@ -107,16 +107,16 @@ def quantize_hilo(x: Tensor, threshold: float, symmetric: bool) -> tuple[Tensor,
     """Rows of `x[..., K]` → low halves int8, fp32 scale and int32 zero point `[..., 1]`, high halves int8, and the
     int32 `[..., 1]` whose bit b is set where a row has outliers in its block b of `block_width(K)` columns.
 
-    Values within ±threshold make the scale, and have codes of 8 bits; the others have codes of 16. The scale is made
-    larger where an outlier would be beyond `HILO_REACH`, or where Σ|code| · 127 could leave an int32. A row with
-    outliers in more than `HILO_BLOCKS` blocks has none: it is one of large values, not one with some.
+    Values in the other blocks make the scale, and have codes of 8 bits; those in blocks with outliers have codes of 16.
+    The scale is made larger where one would be beyond `HILO_REACH`, or where Σ|code| · 127 could leave an int32.
     """
     x = x.float()
     magnitude = x.abs()
-    is_outlier = magnitude > threshold
-    used = _by_block(is_outlier)
-    is_outlier &= used.sum(-1, keepdim=True) <= HILO_BLOCKS
-    inliers = torch.where(is_outlier, 0.0, x)
+    width = block_width(x.shape[-1])
+    padded = torch.nn.functional.pad(magnitude, (0, -x.shape[-1] % width))
+    used = outlier_blocks(padded.unflatten(-1, (-1, width)).amax(-1), threshold)
+    wide = used.repeat_interleave(width, -1)[..., : x.shape[-1]]
+    inliers = torch.where(wide, 0.0, x)
     low, high = inliers.amin(-1, keepdim=True), inliers.amax(-1, keepdim=True)
     if symmetric:
         scale = symmetric_scale(torch.maximum(-low, high).clamp_min(0.0))
@@ -124,18 +124,32 @@ def quantize_hilo(x: Tensor, threshold: float, symmetric: bool) -> tuple[Tensor,
         scale, _ = affine_range(low, high)
     needed = magnitude.amax(-1, keepdim=True) / HILO_REACH
     needed = torch.maximum(needed, magnitude.sum(-1, keepdim=True) / hilo_sum(x.shape[-1]))
-    scale = torch.where(is_outlier.any(-1, keepdim=True), torch.maximum(scale, needed), scale)
+    scale = torch.where(used.any(-1, keepdim=True), torch.maximum(scale, needed), scale)
     zero_point = torch.zeros_like(scale)
     if not symmetric:
         zero_point = torch.round(INT8_MIN - low.clamp_max(0.0) * scale.reciprocal())
     codes = torch.round(x * scale.reciprocal()) + zero_point
-    # An inlier that rounds to 128 would take a high half, and make its whole block be multiplied.
-    codes = torch.where(is_outlier, codes.clamp(-32768, 32639), codes.clamp(INT8_MIN, INT8_MAX)).to(torch.int32)
+    # An inlier that rounds to 128 must not take a high half: its block is not multiplied.
+    codes = torch.where(wide, codes.clamp(-32768, 32639), codes.clamp(INT8_MIN, INT8_MAX)).to(torch.int32)
     upper = (codes + 128) >> 8
-    used = _by_block(is_outlier)
-    bits = (used << torch.arange(used.shape[-1], device=x.device)).sum(-1, keepdim=True)
+    bits = (used.long() << torch.arange(used.shape[-1], device=x.device)).sum(-1, keepdim=True)
     blocks = torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32)
     return (codes - 256 * upper).to(torch.int8), scale, zero_point.to(torch.int32), upper.to(torch.int8), blocks
+
+
+def outlier_blocks(reach: Tensor, threshold: float) -> Tensor:
+    """Largest magnitudes of the blocks of rows, `[..., blocks]` → which have outliers, bool.
+
+    Those above the threshold, and those that stand apart: at least twice as large as any that is smaller than they are.
+    Either may be in at most `HILO_BLOCKS` blocks of a row: large values everywhere are no outliers.
+    """
+    own, others = reach.unsqueeze(-1), reach.unsqueeze(-2)
+    next_lower = torch.where(others < own, others, 0.0).amax(-1)
+    few = (others >= own).sum(-1) <= HILO_BLOCKS
+    gap = (next_lower > 0) & (reach >= 2 * next_lower) & few
+    apart = reach >= torch.where(gap, reach, torch.inf).amin(-1, keepdim=True)
+    either = apart | (reach > threshold)
+    return torch.where(either.sum(-1, keepdim=True) <= HILO_BLOCKS, either, apart & reach.isfinite())
 
 
 def hilo_sum(k: int) -> int:
@@ -149,8 +163,6 @@ def block_width(k: int) -> int:
     return max(128, (1 << (k - 1).bit_length()) // 32)
 
 
-def _by_block(chosen: Tensor) -> Tensor:
-    """`chosen[..., K]`, bool → int64 `[..., blocks]`: 1 where a block has one."""
-    width = block_width(chosen.shape[-1])
-    padded = torch.nn.functional.pad(chosen.to(torch.int64), (0, -chosen.shape[-1] % width))
-    return padded.unflatten(-1, (-1, width)).amax(-1)
+def in_blocks(blocks: Tensor, k: int) -> Tensor:
+    """bool `[..., K]`: the columns of the blocks whose bits are set in `blocks[..., 1]`."""
+    return (blocks >> (torch.arange(k, device=blocks.device) // block_width(k))) & 1 != 0

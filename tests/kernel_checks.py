@@ -91,9 +91,12 @@ def _verify_hilo(op: Op, args: tuple[Any, ...], got: Any) -> float:
     # A code more or less can move a value over the threshold only where it comes from a linear.
     same = op.tolerance.codes > 1 or torch.equal(blocks * finite, expected[-1] * finite)
     assert same, "other blocks than the reference's"
-    codes = (got[-5].int() + 256 * got[-2].int() - expected[-5].int() - 256 * expected[-2].int()).abs() * finite
-    assert not codes.numel() or int(codes.max()) <= op.tolerance.codes, f"codes differ by {int(codes.max())}"
-    assert not (high * finite)[expected[-2] == 0].any() or op.tolerance.codes > 1, "a high half of an inlier"
+    codes, wanted = (r[-5].int() + 256 * r[-2].int() for r in (got, expected))
+    # A code of 16 bits has more of them than what it stands for: there an error of the value is many steps.
+    allowed = op.tolerance.codes + (op.tolerance.rtol * wanted.abs()).int()
+    beyond = ((codes - wanted).abs() - allowed) * finite
+    assert not codes.numel() or int(beyond.max()) <= 0, f"codes differ by {int(beyond.max())} more than allowed"
+    assert not high[~numerics.in_blocks(blocks, high.shape[-1])].any(), "a high half in a block without outliers"
     return compare((*got[:-5], *got[-4:-2]), (*expected[:-5], *expected[-4:-2]), op.tolerance)
 
 

@@ -90,7 +90,7 @@ def test_a_value_keeps_what_a_column_keeps(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(hilo, "DEVICES", frozenset())
     columns = relative_error(run_pass(model, x, "llm.int8").output, expected)
     plain = relative_error(run_pass(model, x, "w8a8-asymmetric").output, expected)
-    assert values < 1.1 * columns < plain
+    assert values < columns < plain
 
 
 @pytest.mark.usefixtures("everywhere")
@@ -153,14 +153,15 @@ def test_codes_err_by_half_a_step_and_their_sum_fits(
     codes = low.long() + 256 * high.long()
     assert torch.all(((codes - zero) * scale - x).abs() <= scale * 0.5001 + 1e-6 * x.abs())
     assert int(codes.abs().sum(-1).max()) * 127 < 2**31
-    assert not high[x.abs() <= threshold].any()
+    assert not high[~numerics.in_blocks(blocks, k)].any()
     width = numerics.block_width(k)
     assert -(-k // width) <= 32
     for row in range(3):
         bits = {b for b in range(32) if (int(blocks[row]) >> b) & 1}
-        large = {int(c) // width for c in (x[row].abs() > threshold).nonzero()}
-        assert bits == (large if len(large) <= numerics.HILO_BLOCKS else set())
-        assert bits >= {int(c) // width for c in high[row].nonzero()}
+        reach = x[row].abs().split(width)
+        expected = numerics.outlier_blocks(torch.stack([part.max() for part in reach]), threshold)
+        assert bits == {int(b) for b in expected.nonzero()}
+        assert len(bits) <= numerics.HILO_BLOCKS
 
 
 def test_a_row_with_large_values_everywhere_has_plain_codes() -> None:
@@ -178,8 +179,24 @@ def test_a_row_with_large_values_everywhere_has_plain_codes() -> None:
     assert not blocks[1].any()
 
 
+def test_blocks_that_stand_apart_have_outliers_below_the_threshold_too() -> None:
+    reach = torch.tensor(
+        [
+            [1.0, 1.2, 0.9, 4.0, 1.1, 3.9, 1.0, 0.8, 1.0, 1.0],  # two, far above the others
+            [1.0, 1.2, 0.9, 1.9, 1.1, 1.5, 1.0, 0.8, 1.0, 1.0],  # no gap
+            [7.0, 7.2, 7.9, 8.0, 7.1, 8.9, 7.0, 9.8, 9.0, 40.0],  # all beyond the threshold, one apart
+            [4.0, 4.2, 4.9, 4.0, 4.1, 4.9, 4.0, 4.8, 5.0, 1.0],  # nine apart from one: large values, no outliers
+            [0.0, 0.0, 0.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0],  # nothing to be apart from
+            [1.0, 1.2, 0.9, 7.0, 1.1, 3.9, 1.0, 0.8, 1.0, 1.0],  # one beyond the threshold, another apart
+        ]
+    )
+    assert [row.nonzero().flatten().tolist() for row in numerics.outlier_blocks(reach, 6.0)] == [
+        [3, 5], [], [9], [], [], [3, 5],
+    ]  # fmt: skip
+
+
 def test_without_outliers_codes_are_those_of_int8() -> None:
-    x = torch.randn(5, 130).clamp(-4, 4)
+    x = torch.randn(5, 300).clamp(-2, 2)
     low, scale, zero, high, _ = ops.quantize_hilo.reference(x, 6.0, False)
     codes, own_scale, own_zero = numerics.quantize_affine(x)
     assert torch.equal(low, codes)
@@ -235,5 +252,4 @@ def test_on_trained_weights_values_keep_what_columns_keep(monkeypatch: pytest.Mo
     columns = run_pass(part, ids, "llm.int8")
     plain = run_pass(part, ids, "w8a8-asymmetric")
     errors = [relative_error(r.output, expected) for r in (values, columns, plain)]
-    print(errors)
-    assert errors[0] < 1.2 * errors[1] < errors[2]
+    assert errors[0] < 0.8 * errors[1] < errors[2]

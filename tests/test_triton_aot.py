@@ -187,5 +187,7 @@ def test_hilo_rows(monkeypatch: pytest.MonkeyPatch, k: int, symmetric: bool) -> 
     ]:
         launch, code = one(monkeypatch, wrapper, *args)
         assert code.stack == 0, f"{wrapper.__name__} spills"
-        assert 32 * launch.options["num_warps"] * code.registers <= (65536 if "norm" in wrapper.__name__ else 32768)
+        # The pass over the gate product is the longest: two programs share a multiprocessor.
+        shared = 2 if wrapper is hilo.quantize_hilo_rows else 1
+        assert shared * 32 * launch.options["num_warps"] * code.registers <= 65536
         assert re.search(r"ld\.global\.v4\.b32", code.ptx), "16-byte loads"

@@ -1,11 +1,13 @@
 """Outliers kept value by value: activations as int16 codes in two int8 planes, `code = 256 · high + low`.
 
 LLM.int8() (arXiv 2208.07339, section 3.2) keeps the columns above a threshold in float, for all tokens of a call: to
-find them takes a pass over the whole input, and to multiply them a copy of their weights. Here every value above the
-threshold is kept on its own, in steps of the scale of its row's other values: what int8 has no code for goes on in a
-second plane, which is zero nearly everywhere. A row needs nothing but itself, any number of columns may have outliers,
-and the product is one of int8 codes: `x Wᵀ = 256 (high Wᵀ) + low Wᵀ`, exact in int32, where blocks of columns without a
-high half are passed over. `blocks` says which: bit b is set where a row has one in block b of `block_width(K)` columns.
+find them takes a pass over the whole input, and to multiply them a copy of their weights. Here every row keeps its own,
+in steps of the scale of its other values: what int8 has no code for goes on in a second plane, which is zero nearly
+everywhere. A row needs nothing but itself, any number of columns may have outliers, and the product is one of int8
+codes: `x Wᵀ = 256 (high Wᵀ) + low Wᵀ`, exact in int32. Of the second plane whole blocks of columns are multiplied,
+those in which some row of a tile has outliers; therefore all values of such a block have codes of 16 bits, large or
+not, and none of them counts in the scale. `blocks` says which: bit b is set where a row has outliers in block b of
+`block_width(K)` columns.
 """
 
 from __future__ import annotations
@@ -39,14 +41,14 @@ def _quantize_samples(device: torch.device) -> Iterator[Sample]:
 
 @op(samples=_quantize_samples, tolerance=Tolerance(codes=1, rtol=1e-6, atol=0.0))
 def quantize_hilo(x: Tensor, threshold: float, symmetric: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One scale per row of `x[..., K]`, made by its values within ±`threshold` → int8 low halves `[..., K]`, fp32 scale
+    """One scale per row of `x[..., K]`, made by its blocks within ±`threshold` → int8 low halves `[..., K]`, fp32 scale
     and int32 zero point `[..., 1]`, int8 high halves `[..., K]`, int32 blocks `[..., 1]`.
 
     `x ≈ (256 · high + low - zero_point) · scale` within scale / 2, beyond the threshold too. A row without outliers has
     the codes of `quantize_per_token`. The scale is larger than the inliers need only where an outlier would leave int16
-    (beyond 255 times their range), or the row's magnitudes could overflow an int32 sum. A row with values beyond the
-    threshold in more than 8 of its blocks of columns (see above) has codes of plain int8, too: large values everywhere
-    are no outliers, and to multiply every block twice would take twice the time.
+    (beyond 255 times their range), or the row's magnitudes could overflow an int32 sum. Which blocks have outliers,
+    says `numerics.outlier_blocks`: those beyond the threshold, and those at least twice as large as all smaller ones,
+    be they below it; but no more than 8 in a row, since every block takes a product of its own.
     """
     return numerics.quantize_hilo(x, threshold, symmetric)
 

@@ -25,44 +25,33 @@ from lowering.triton.gated import IN_EPILOGUE
 from lowering.triton.launch import MAX_BLOCK, as_rows, empty, rounded, row_block, takes_rows, traceable, wrap_triton
 from lowering.triton.linear import Hilo, fills_hopper, fits_w8a8, tiles_product, wgmma_product
 from lowering.triton.norm import load_hidden, normalize, row_statistics
-from lowering.triton.quantize import SIGN_BIT, encode, round_to_int, row_extent, row_outputs, row_scale
+from lowering.triton.quantize import SIGN_BIT, encode, round_to_int, row_outputs, row_scale
 
 REACH = tl.constexpr(float(numerics.HILO_REACH))
 
 
 @triton.jit
-def whole_extent(y, floor, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr):
-    """`row_extent`, and as bits the blocks of columns with values above the floor."""
-    COUNT: tl.constexpr = 1 if BLOCK <= GROUP else BLOCK // GROUP
-    bits = tl.reshape(y.to(tl.int32, bitcast=True), [COUNT, BLOCK // COUNT])
-    if SYMMETRIC:
-        high = tl.max(bits & 0x7FFFFFFF, 1)
-        beyond = high > floor
-        below = 0
-    else:  # signed comparison: the bits of a negative float are a negative int
-        high = tl.max(bits, 1)
-        low = tl.max(bits ^ SIGN_BIT, 1)
-        beyond = tl.maximum(high, low) > floor
-        below = tl.maximum(tl.max(low, 0), 0)
-    used = tl.sum(beyond.to(tl.int32) << tl.arange(0, COUNT), 0)
-    return tl.maximum(tl.max(high, 0), 0), below, used
-
-
-@triton.jit
-def has_outliers(used, LIMIT: tl.constexpr):
-    """Whether large values are in few enough blocks to be outliers."""
-    count = used - ((used >> 1) & 0x55555555)
-    count = (count & 0x33333333) + ((count >> 2) & 0x33333333)
-    count = (((count + (count >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24
-    return (count > 0) & (count <= LIMIT)
+def outlier_blocks(reach, floor, LIMIT: tl.constexpr, COUNT: tl.constexpr):
+    """Bits of the blocks with outliers, of magnitudes (as bits of floats) `[COUNT]`: `numerics.outlier_blocks`."""
+    own = reach[:, None]
+    others = reach[None, :]
+    next_lower = tl.max(tl.where(others < own, others, 0), 1)
+    rank = tl.sum((others >= own).to(tl.int32), 1)
+    twice = 2.0 * next_lower.to(tl.float32, bitcast=True)
+    gap = (next_lower > 0) & (reach.to(tl.float32, bitcast=True) >= twice) & (rank <= LIMIT)
+    apart = reach >= tl.min(tl.where(gap, reach, 0x7F800000), 0)
+    either = apart | (reach > floor)
+    few = tl.sum(either.to(tl.int32), 0) <= LIMIT
+    chosen = (few & either) | (apart & (reach < 0x7F800000))
+    return tl.sum(chosen.to(tl.int32) << tl.arange(0, COUNT), 0)
 
 
 @triton.jit
 def hilo_scale(above, below, absmax, total, SUM: tl.constexpr, SYMMETRIC: tl.constexpr):
-    """`row_scale`, or what the outliers of a row take where that is more (0 if there are none)."""
+    """`row_scale`, or what the outliers of a row take where that is more (0 if there are none). NaN stays NaN."""
     scale, inverse, zero = row_scale(above, below, SYMMETRIC)
-    needed = tl.maximum(tl.div_rn(absmax.to(tl.float32, bitcast=True), REACH), tl.div_rn(total, SUM * 1.0))
-    if needed > scale:
+    needed = tl.maximum(tl.div_rn(absmax, REACH), tl.div_rn(total, SUM * 1.0), propagate_nan=tl.PropagateNan.ALL)
+    if (needed > scale) | (needed != needed):
         scale = needed
         inverse = tl.div_rn(1.0, scale)
         if not SYMMETRIC:
@@ -71,22 +60,41 @@ def hilo_scale(above, below, absmax, total, SUM: tl.constexpr, SYMMETRIC: tl.con
 
 
 @triton.jit
-def store_row(
-    y, row, codes, scale, zero_point, high, blocks, threshold, floor,
-    K: tl.constexpr, SUM: tl.constexpr, LIMIT: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr,
+def row_codes(
+    y, floor, K: tl.constexpr, SUM: tl.constexpr, LIMIT: tl.constexpr, WIDTH: tl.constexpr, SYMMETRIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """All results for a row, fp32 with zeros beyond `K`."""
-    above, below, used = whole_extent(y, floor, GROUP, SYMMETRIC, BLOCK)
-    absmax, total = tl.maximum(above, below), tl.sum(tl.abs(y), 0)
-    keeps = has_outliers(used, LIMIT)
-    # Without a branch: in one, ptxas takes twice the registers, and one program fills a multiprocessor instead of two.
-    # NaN is no outlier, and makes the scale NaN.
-    inner, lower = row_extent(tl.where(tl.abs(y) > threshold, 0.0, y), SYMMETRIC)
-    above, below = tl.where(keeps, inner, above), tl.where(keeps, lower, below)
-    used, threshold = tl.where(keeps, used, 0), tl.where(keeps, threshold, float("inf"))
-    absmax, total = tl.where(keeps, absmax, 0), tl.where(keeps, total, 0.0)
+    """What a row, fp32 with zeros beyond `K`, is quantized by: scale, its inverse, zero point, blocks with outliers."""
+    # Extents (`row_extent`) block by block: those of the inliers and those of all follow from them.
+    COUNT: tl.constexpr = 1 if BLOCK <= WIDTH else BLOCK // WIDTH
+    bits = tl.reshape(y.to(tl.int32, bitcast=True), [COUNT, BLOCK // COUNT])
+    if SYMMETRIC:
+        up = tl.max(bits & 0x7FFFFFFF, 1)
+        reach = up
+    else:  # signed comparison: the bits of a negative float are a negative int
+        up = tl.maximum(tl.max(bits, 1), 0)
+        down = tl.maximum(tl.max(bits ^ SIGN_BIT, 1), 0)
+        reach = tl.maximum(up, down)
+    used = outlier_blocks(reach, floor, LIMIT, COUNT)
+    total = tl.sum(tl.abs(y), 0)
+    absmax = tl.max(reach, 0).to(tl.float32, bitcast=True)
+    if used == 0:
+        total, absmax = 0.0, 0.0
+    outside = (used >> tl.arange(0, COUNT)) & 1 != 0
+    above = tl.max(tl.where(outside, 0, up), 0)
+    below = 0
+    if not SYMMETRIC:
+        below = tl.max(tl.where(outside, 0, down), 0)
     s, inverse, zero = hilo_scale(above, below, absmax, total, SUM, SYMMETRIC)
+    return s, inverse, zero, used
+
+
+@triton.jit
+def store_row(
+    y, row, s, inverse, zero, used, codes, scale, zero_point, high, blocks,
+    K: tl.constexpr, WIDTH: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """All results for a row."""
     cols = tl.arange(0, BLOCK)
     codes += row * K
     high += row * K
@@ -94,8 +102,9 @@ def store_row(
         code = round_to_int(y * inverse)
         if not SYMMETRIC:
             code += zero
-        low = tl.minimum(tl.maximum(code, -128), 127)
-        code = tl.where(tl.abs(y) > threshold, tl.minimum(tl.maximum(code, -32768), 32639), low)
+        wide = (used >> (cols // WIDTH)) & 1 != 0
+        inside = tl.minimum(tl.maximum(code, -128), 127)
+        code = tl.where(wide, tl.minimum(tl.maximum(code, -32768), 32639), inside)
         tl.store(codes + cols, code.to(tl.int8), mask=cols < K)  # the low byte
         tl.store(high + cols, ((code + 128) >> 8).to(tl.int8), mask=cols < K)
     else:  # which most rows are, and which takes half the instructions
@@ -109,23 +118,26 @@ def store_row(
 
 @triton.jit
 def _quantize_hilo_kernel(
-    x, x_stride, codes, scale, zero_point, high, blocks, threshold, floor,
-    K: tl.constexpr, SUM: tl.constexpr, LIMIT: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr,
+    x, x_stride, codes, scale, zero_point, high, blocks, floor,
+    K: tl.constexpr, SUM: tl.constexpr, LIMIT: tl.constexpr, WIDTH: tl.constexpr, SYMMETRIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     y = tl.load(x + row * x_stride + cols, mask=cols < K, other=0.0).to(tl.float32)
+    s, inverse, zero, used = row_codes(y, floor, K, SUM, LIMIT, WIDTH, SYMMETRIC, BLOCK)
+    if BLOCK > 8192:  # kept, it would take the registers that a second program on the multiprocessor needs
+        y = tl.load(x + row * x_stride + cols, mask=cols < K, other=0.0, cache_modifier=".ca").to(tl.float32)
     store_row(
-        y, row, codes, scale, zero_point, high, blocks, threshold, floor, K, SUM, LIMIT, GROUP, SYMMETRIC, BLOCK
+        y, row, s, inverse, zero, used, codes, scale, zero_point, high, blocks, K, WIDTH, SYMMETRIC, BLOCK
     )  # fmt: skip
 
 
 @triton.jit
 def _norm_quantize_hilo_kernel(
     x, x_stride, residual, residual_stride, weight, bias, hidden, codes, scale, zero_point, high, blocks,
-    threshold, floor, eps, offset,
-    K: tl.constexpr, SUM: tl.constexpr, LIMIT: tl.constexpr, GROUP: tl.constexpr, LAYER: tl.constexpr,
+    floor, eps, offset,
+    K: tl.constexpr, SUM: tl.constexpr, LIMIT: tl.constexpr, WIDTH: tl.constexpr, LAYER: tl.constexpr,
     ROUND_FIRST: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -142,22 +154,24 @@ def _norm_quantize_hilo_kernel(
         added = load_hidden(x, residual, hidden, cols, cols < K)
         tl.store(hidden + cols, rounded(added, hidden.dtype.element_ty), mask=cols < K)
     y = tl.where(cols < K, y, 0.0)
+    s, inverse, zero, used = row_codes(y, floor, K, SUM, LIMIT, WIDTH, SYMMETRIC, BLOCK)
     store_row(
-        y, row, codes, scale, zero_point, high, blocks, threshold, floor, K, SUM, LIMIT, GROUP, SYMMETRIC, BLOCK
+        y, row, s, inverse, zero, used, codes, scale, zero_point, high, blocks, K, WIDTH, SYMMETRIC, BLOCK
     )  # fmt: skip
 
 
 @triton.jit
 def _act_mul_quantize_hilo_kernel(
-    gate, gate_stride, up, up_stride, codes, scale, zero_point, high, blocks, threshold, floor,
-    K: tl.constexpr, SUM: tl.constexpr, LIMIT: tl.constexpr, GROUP: tl.constexpr, ACT: tl.constexpr,
+    gate, gate_stride, up, up_stride, codes, scale, zero_point, high, blocks, floor,
+    K: tl.constexpr, SUM: tl.constexpr, LIMIT: tl.constexpr, WIDTH: tl.constexpr, ACT: tl.constexpr,
     SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     y = product(gate + row * gate_stride, up + row * up_stride, cols, cols < K, ACT)
+    s, inverse, zero, used = row_codes(y, floor, K, SUM, LIMIT, WIDTH, SYMMETRIC, BLOCK)
     store_row(
-        y, row, codes, scale, zero_point, high, blocks, threshold, floor, K, SUM, LIMIT, GROUP, SYMMETRIC, BLOCK
+        y, row, s, inverse, zero, used, codes, scale, zero_point, high, blocks, K, WIDTH, SYMMETRIC, BLOCK
     )  # fmt: skip
 
 
@@ -178,7 +192,7 @@ def _constants(k: int, symmetric: bool) -> dict[str, int]:
     block, warps = row_block(k)
     assert block >= k
     return {
-        "K": k, "SUM": numerics.hilo_sum(k), "LIMIT": numerics.HILO_BLOCKS, "GROUP": numerics.block_width(k),
+        "K": k, "SUM": numerics.hilo_sum(k), "LIMIT": numerics.HILO_BLOCKS, "WIDTH": numerics.block_width(k),
         "SYMMETRIC": symmetric, "BLOCK": block, "num_warps": warps,
     }  # fmt: skip
 
@@ -206,7 +220,7 @@ def quantize_hilo_rows(
     if not empty(rows.count):
         wrap_triton(_quantize_hilo_kernel)[(rows.count,)](
             rows.data, rows.stride, codes, scale, None if symmetric else zero_point, high, blocks,
-            threshold, floor_of(threshold), **_constants(rows.width, symmetric),
+            floor_of(threshold), **_constants(rows.width, symmetric),
         )  # fmt: skip
     return codes, scale, zero_point, high, blocks
 
@@ -234,7 +248,7 @@ def _norm_quantize(
             rows.data, rows.stride, None if added is None else added.data, 0 if added is None else added.stride,
             None if weight is None else weight.contiguous(), None if bias is None else bias.contiguous(),
             None if residual is None else hidden, codes, scale, None if symmetric else zero_point, high, blocks,
-            threshold, floor_of(threshold), eps, offset,
+            floor_of(threshold), eps, offset,
             LAYER=mode == "layer", ROUND_FIRST=mode == "rms_round_first", **_constants(rows.width, symmetric),
         )  # fmt: skip
     return hidden, codes, scale, zero_point, high, blocks
@@ -288,7 +302,7 @@ def act_mul_quantize_hilo_rows(
     if not empty(gates.count):
         wrap_triton(_act_mul_quantize_hilo_kernel)[(gates.count,)](
             gates.data, gates.stride, ups.data, ups.stride, codes, scale, None if symmetric else zero_point, high,
-            blocks, threshold, floor_of(threshold), ACT=CODE[act], **_constants(gates.width, symmetric),
+            blocks, floor_of(threshold), ACT=CODE[act], **_constants(gates.width, symmetric),
         )  # fmt: skip
     return codes, scale, zero_point, high, blocks
 
