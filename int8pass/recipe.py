@@ -42,11 +42,13 @@ class Scheme:
     """32 to 256, for `weights="group"`."""
     outliers: Literal["none", "largest", "threshold", "static"] = "largest"
     """Columns that stay in float: none; the largest of every call; those above `threshold` in every call (LLM.int8(),
-    arXiv 2208.07339); or the columns that calibration chose (with their weights in the original dtype)."""
+    arXiv 2208.07339; on a GPU blocks of them in codes of 16 bits, row by row: `int8pass.hilo`); or the columns that
+    calibration chose (with their weights in the original dtype)."""
     threshold: float = 6.0
     """Absolute activation above which a column is an outlier, for `outliers="threshold"`."""
     capacity: int | None = None
-    """Columns reserved per call. None: K/32, rounded to a multiple of 8, within 16 and 64."""
+    """Columns reserved per call, where columns are found per call. None: K/32, rounded to a multiple of 8, within 16
+    and 64."""
     smoothing: Literal["none", "outliers", "calibrated"] = "outliers"
     """Move difficulty from activations to weights (`int8pass.smooth`): not at all; the extreme channels of a norm's
     gamma, found without data; or by the exponents that calibration found for every channel of every site."""
