@@ -58,6 +58,8 @@ class Scheme:
     recipe: Recipe
     columns: int | None = None
     calibrated: bool = True
+    blocks: bool = False
+    """With outlier blocks in place of columns found per call, as on a GPU."""
 
 
 def preset(name: str, **fields: Any) -> Recipe:
@@ -83,6 +85,7 @@ SCHEMES = (
     Scheme("smoothquant-o2 + 32 columns, weights to nearest", split("smoothquant-o2", rounding="nearest"), 32),
     Scheme("smoothquant-o2, range of the call alone", preset("smoothquant-o2", clipping="minmax")),
     Scheme("llm.int8", preset("llm.int8"), calibrated=False),
+    Scheme("llm.int8, outlier blocks (as on a GPU)", preset("llm.int8"), calibrated=False, blocks=True),
     Scheme("w8a8", preset("w8a8"), calibrated=False),
     Scheme("w8a16", preset("w8a16"), calibrated=False),
     Scheme("smoothquant-o1, gptq", preset("smoothquant-o1", rounding="gptq")),
@@ -114,9 +117,11 @@ SCHEMES = (
 STRESSED = (
     "w8a8", "smoothquant-o1", "smoothquant-o1 + 32 columns", "smoothquant-o2", "smoothquant-o2 + 32 columns",
     "smoothquant-o3", "smoothquant-o3 + 32 columns", "auto", "llm.int8", "outlier-columns", "default",
+    "llm.int8, outlier blocks (as on a GPU)",
 )  # fmt: skip
 ENCODED = (
     "w8a8", "smoothquant-o1", "smoothquant-o2", "smoothquant-o3", "auto", "llm.int8", "outlier-columns", "default",
+    "llm.int8, outlier blocks (as on a GPU)",
 )  # fmt: skip
 
 SCHEMES_OF = {"smollm2": tuple(s.name for s in SCHEMES), "stress": STRESSED, "minilm": ENCODED}
@@ -262,7 +267,8 @@ def run_schemes(log: Log, name: str, subject: Any, windows: int, bars: Bars, onl
             seen = seen or Calibration(subject.model, subject.calibration, progress=bars)
             recipe = seen.recipe(recipe, columns=scheme.columns, progress=bars)
         calibrated = time.perf_counter() - begin
-        scores = subject.score(lambda batch, r=recipe: subject.session.quantized(batch, r), bars)
+        blocks = ("cpu", "cuda") if scheme.blocks else ()
+        scores = subject.score(lambda batch, r=recipe, on=blocks: subject.session.quantized(batch, r, on), bars)
         log.add(
             model=name, scheme=scheme.name, windows=windows, **scores, calibration_s=round(calibrated, 1),
             **_summary(recipe),

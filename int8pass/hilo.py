@@ -9,7 +9,7 @@ and never finds its place taken.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -37,13 +37,13 @@ _LINEARS = {"linear_w8a8", _GATED}
 _OPERANDS, _FLOAT_COLUMNS, _LINEAR_ARGUMENTS = (0, 1, 2, 7, 9), 8, 11
 
 
-def columns_to_values(program: Program) -> int:
-    """Rewrite what can be; returns how many inputs.
+def columns_to_values(program: Program, devices: Collection[str] = DEVICES) -> int:
+    """Rewrite what can be, of inputs on `devices`; returns how many.
 
     `…_quantize_dynamic(x, R, t) ; linear_w8a8(codes, …, outliers, columns)` ⇒
     `…_quantize_hilo(x, t) ; linear_w8a8_hilo(codes, high, blocks, …)`
     """
-    sources = _convertible(program)
+    sources = _convertible(program, devices)
     edit = Edit(program)
     for source in sources:
         _convert(source, edit)
@@ -53,9 +53,9 @@ def columns_to_values(program: Program) -> int:
     return len(sources)
 
 
-def _convertible(program: Program) -> list[fx.Node]:
+def _convertible(program: Program, devices: Collection[str]) -> list[fx.Node]:
     """The ops to rewrite, in graph order. A gated linear is one and reads one: it goes with its source or stays."""
-    found = [n for n in program.graph.nodes if op_name(n) in {*_QUANTIZE, _GATED} and _takes(n)]
+    found = [n for n in program.graph.nodes if op_name(n) in {*_QUANTIZE, _GATED} and _takes(n, devices)]
     while True:
         rest = [n for n in found if all(_follows(reader, n, found) for reader in _readers(n)) and _led(n, found)]
         if len(rest) == len(found):
@@ -63,10 +63,10 @@ def _convertible(program: Program) -> list[fx.Node]:
         found = rest
 
 
-def _takes(node: fx.Node) -> bool:
+def _takes(node: fx.Node, devices: Collection[str]) -> bool:
     """A threshold, on a device where it pays, of rows that fit."""
     codes = _elements(node)[0].meta["val"] if 0 in _elements(node) else None
-    if not isinstance(codes, Tensor) or codes.device.type not in DEVICES:
+    if not isinstance(codes, Tensor) or codes.device.type not in devices:
         return False
     threshold, width = node.args[-2], codes.shape[-1]
     return isinstance(threshold, float) and threshold > 0.0 and isinstance(width, int) and width <= hilo.MAX_K

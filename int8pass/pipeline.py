@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from torch import fx
 
+from int8pass import hilo
 from int8pass.capture import Program
 from int8pass.fuse import fuse
 from int8pass.graph import dialect
 from int8pass.graph.rewrite import RewriteLog
-from int8pass.hilo import columns_to_values
 from int8pass.lower import choose_implementations
 from int8pass.match import Matches, match
 from int8pass.normalize import normalize
@@ -85,10 +85,16 @@ def to_portable(
     return facts
 
 
-def to_fused(program: Program, facts: Facts, watch: Watch = lambda stage, program: None) -> None:
-    """Portable form → fused ops, in place."""
+def to_fused(
+    program: Program,
+    facts: Facts,
+    watch: Watch = lambda stage, program: None,
+    blocks_on: Collection[str] | None = None,
+) -> None:
+    """Portable form → fused ops, in place. `blocks_on`: devices with outlier blocks in place of the usual ones."""
     facts.fused = fuse(program)
-    facts.fused.hits["columns_to_values"] += columns_to_values(program)
+    devices = hilo.DEVICES if blocks_on is None else blocks_on
+    facts.fused.hits["columns_to_values"] += hilo.columns_to_values(program, devices)
     dialect.check(program, "fused")
     watch("fused", program)
 

@@ -132,7 +132,7 @@ def test_a_gated_linear_goes_with_its_source_or_not_at_all() -> None:
 @pytest.mark.usefixtures("everywhere")
 def test_applied_twice_changes_nothing() -> None:
     result = run_pass(*block(), "llm.int8")
-    assert hilo.columns_to_values(result.programs[0]) == 0
+    assert hilo.columns_to_values(result.programs[0], hilo.DEVICES) == 0
 
 
 # -- the codes

@@ -20,7 +20,7 @@ from int8pass.graph.constants import Constant, Store
 from int8pass.inspect.running import run
 from int8pass.match import Matches, Site, match
 from int8pass.normalize import normalize
-from int8pass.pipeline import Facts, to_portable
+from int8pass.pipeline import Facts, to_fused, to_portable
 from int8pass.recipe import Recipe
 
 Visit = Callable[[str, Tensor], None]
@@ -87,9 +87,10 @@ class Session:
         for name, x, squares in runs[0].sensitivities(surrogate(output, batch, seed)):
             visit(name, x, squares)
 
-    def quantized(self, batch: Any, recipe: Recipe) -> Any:
-        """Run a batch through the portable form of the model under `recipe`."""
-        return self._run(batch, lambda graph: graph.portable(recipe))
+    def quantized(self, batch: Any, recipe: Recipe, blocks_on: tuple[str, ...] = ()) -> Any:
+        """Run a batch through the portable form of the model under `recipe`; with `blocks_on` through its fused form,
+        by the ops' references, with outlier blocks (`int8pass.hilo`) on these devices: as on a GPU."""
+        return self._run(batch, lambda graph: graph.portable(recipe, blocks_on))
 
     def plain(self, batch: Any) -> Any:
         """Run a batch through the model as captured."""
@@ -128,6 +129,7 @@ class _Graph:
         self.arguments: tuple[Any, ...] = ()
         self.facts: dict[int, Facts] = {}
         self._recipe: Recipe | None = None
+        self._blocks_on: tuple[str, ...] = ()
         self._portable: Execute | None = None
         self._infos: list[SiteInfo] = []
 
@@ -152,12 +154,14 @@ class _Graph:
         """The real tensor of a constant, for the parameters of the last call."""
         return Store().value(constant, lambda p: self.arguments[p.position])  # type: ignore[index]
 
-    def portable(self, recipe: Recipe) -> Callable[..., Any]:
+    def portable(self, recipe: Recipe, blocks_on: tuple[str, ...] = ()) -> Callable[..., Any]:
         """The graph under a recipe; the last one is kept."""
-        if self._portable is None or self._recipe is not recipe:
+        if self._portable is None or self._recipe is not recipe or self._blocks_on != blocks_on:
             program = self.captured.copy()
             self.facts = {id(recipe): to_portable(program, recipe)}
-            self._recipe, self._portable = recipe, Execute(program)
+            if blocks_on:
+                to_fused(program, self.facts[id(recipe)], blocks_on=blocks_on)
+            self._recipe, self._blocks_on, self._portable = recipe, blocks_on, Execute(program)
         return self._portable
 
 
