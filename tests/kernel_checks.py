@@ -392,8 +392,9 @@ def hard_samples(name: str, device: torch.device) -> Iterator[Sample]:
     elif name == "linear_w8a8_hilo":
         yield from _hilo_linear_samples(device)
     elif name == "gated_linear_quantize_hilo":
-        for sample in _hilo_linear_samples(device):
-            yield Sample(sample.label, (*sample.args, "silu", 4.0, sample.args[2] is None))
+        for index, sample in enumerate(_hilo_linear_samples(device)):
+            if device.type == "cuda" or index % 3 == 0:  # the interpreter takes its time, and sees the linear alone too
+                yield Sample(sample.label, (*sample.args, "silu", 4.0, sample.args[2] is None))
     elif name.startswith("gated_linear"):
         if device.type == "cuda":
             for sample in _large_samples(device):
