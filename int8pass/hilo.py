@@ -1,9 +1,9 @@
-"""On GPUs, columns above a threshold become values above it: what runs there of LLM.int8().
+"""On GPUs, columns above a threshold become blocks of outliers, row by row: what runs there of LLM.int8().
 
 Requires: fused ops. Ensures: every `…_dynamic` op with a threshold whose result is read by int8 linears alone is a
 `…_hilo` one (`lowering.ops.hilo`), its linears with it. Columns take a search over the whole input and a gather of
-weights, which on one H100 added up to a half to the time of a step; a value needs neither, keeps what a column keeps,
-and never finds its place taken.
+weights, which on one H100 added up to a half to the time of a step; a block needs neither, never finds its place taken,
+and is chosen for its own row.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _LINEARS = {"linear_w8a8", _GATED}
 _OPERANDS, _FLOAT_COLUMNS, _LINEAR_ARGUMENTS = (0, 1, 2, 7, 9), 8, 11
 
 
-def columns_to_values(program: Program, devices: Collection[str] = DEVICES) -> int:
+def columns_to_blocks(program: Program, devices: Collection[str] = DEVICES) -> int:
     """Rewrite what can be, of inputs on `devices`; returns how many.
 
     `…_quantize_dynamic(x, R, t) ; linear_w8a8(codes, …, outliers, columns)` ⇒

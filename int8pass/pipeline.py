@@ -94,7 +94,7 @@ def to_fused(
     """Portable form → fused ops, in place. `blocks_on`: devices with outlier blocks in place of the usual ones."""
     facts.fused = fuse(program)
     devices = hilo.DEVICES if blocks_on is None else blocks_on
-    facts.fused.hits["columns_to_values"] += hilo.columns_to_values(program, devices)
+    facts.fused.hits["columns_to_blocks"] += hilo.columns_to_blocks(program, devices)
     dialect.check(program, "fused")
     watch("fused", program)
 

@@ -1,4 +1,4 @@
-"""Columns above a threshold become values above it: the rewrite, its numbers, and what it leaves alone."""
+"""Columns above a threshold become blocks of outliers: the rewrite, its numbers, and what it leaves alone."""
 
 from __future__ import annotations
 
@@ -83,19 +83,19 @@ def test_on_a_cpu_columns_stay() -> None:
 
 
 @pytest.mark.usefixtures("everywhere")
-def test_a_value_keeps_what_a_column_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_keeps_more_than_a_column(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = block()
     expected = model(x)
-    values = relative_error(run_pass(model, x, "llm.int8").output, expected)
+    blocks = relative_error(run_pass(model, x, "llm.int8").output, expected)
     monkeypatch.setattr(hilo, "DEVICES", frozenset())
     columns = relative_error(run_pass(model, x, "llm.int8").output, expected)
     plain = relative_error(run_pass(model, x, "w8a8-asymmetric").output, expected)
-    assert values < columns < plain
+    assert blocks < columns < plain
 
 
 @pytest.mark.usefixtures("everywhere")
 def test_no_capacity_is_exceeded() -> None:
-    """Sixty columns above the threshold: places for eight are too few, values need none."""
+    """Sixty columns above the threshold: places for eight are too few, blocks need none."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 32)).requires_grad_(False)
     x = torch.randn(7, 64)
@@ -132,7 +132,7 @@ def test_a_gated_linear_goes_with_its_source_or_not_at_all() -> None:
 @pytest.mark.usefixtures("everywhere")
 def test_applied_twice_changes_nothing() -> None:
     result = run_pass(*block(), "llm.int8")
-    assert hilo.columns_to_values(result.programs[0], hilo.DEVICES) == 0
+    assert hilo.columns_to_blocks(result.programs[0], hilo.DEVICES) == 0
 
 
 # -- the codes
@@ -236,7 +236,7 @@ class FirstLayers(nn.Module):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("everywhere")
-def test_on_trained_weights_values_keep_what_columns_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_trained_weights_blocks_keep_more_than_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         model, tokenizer = hub.load("smollm2")
     except hub.LoadError as failure:
@@ -246,10 +246,10 @@ def test_on_trained_weights_values_keep_what_columns_keep(monkeypatch: pytest.Mo
     part = FirstLayers(model.requires_grad_(False), 6)
     ids = hub.windows(tokenizer, 192)[:1]
     expected = part(ids)
-    values = run_pass(part, ids, "llm.int8")
-    assert values.ops["linear_w8a8_hilo"] + values.ops["gated_linear_quantize_hilo"] == 6 * 4
+    blocks = run_pass(part, ids, "llm.int8")
+    assert blocks.ops["linear_w8a8_hilo"] + blocks.ops["gated_linear_quantize_hilo"] == 6 * 4
     monkeypatch.setattr(hilo, "DEVICES", frozenset())
     columns = run_pass(part, ids, "llm.int8")
     plain = run_pass(part, ids, "w8a8-asymmetric")
-    errors = [relative_error(r.output, expected) for r in (values, columns, plain)]
+    errors = [relative_error(r.output, expected) for r in (blocks, columns, plain)]
     assert errors[0] < 0.8 * errors[1] < errors[2]

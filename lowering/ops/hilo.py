@@ -1,4 +1,4 @@
-"""Outliers kept value by value: activations as int16 codes in two int8 planes, `code = 256 · high + low`.
+"""Outlier blocks, row by row: activations as int16 codes in two int8 planes, `code = 256 · high + low`.
 
 LLM.int8() (arXiv 2208.07339, section 3.2) keeps the columns above a threshold in float, for all tokens of a call: to
 find them takes a pass over the whole input, and to multiply them a copy of their weights. Here every row keeps its own,

@@ -1,4 +1,4 @@
-"""Outliers value by value (`lowering.ops.hilo`): the row kernels, one program per row, and the linears that read them.
+"""Outlier blocks (`lowering.ops.hilo`): the row kernels, one program per row, and the linears that read their codes.
 
 A row stays in registers, like in plain int8 quantization; one more byte is written per value.
 """
