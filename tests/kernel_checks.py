@@ -11,12 +11,12 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import hilo_samples
 import torch
 from torch import Tensor
 
 from lowering import numerics, ops  # noqa: F401  (declares the ops)
 from lowering.ops.act import ACTIVATIONS
-from lowering.ops.hilo import quantize_hilo
 from lowering.ops.linear import linear_w8a8
 from lowering.ops.norm import normalize
 from lowering.ops.quantize import split_quantize
@@ -327,51 +327,6 @@ def _w8a16_samples(device: torch.device) -> Iterator[Sample]:
     yield Sample("nan", (special, weight, weight_scale, None))
 
 
-def _hilo_linear_samples(device: torch.device) -> Iterator[Sample]:
-    index = 0
-    for m in (0, 1, 17, 123):
-        for n, k in [(2, 7), (8, 123), (124, 1), (124, 123), (40, 96)]:
-            dtype = (torch.float32, torch.bfloat16, torch.float16)[index % 3]
-            x = random_tensor(m, k, device=device)
-            if m and index % 4:
-                x[m // 2, k // 2] = 200.0
-            yield Sample(f"{m}x{n}x{k}", _hilo_args(x, n, dtype, symmetric=index % 2 == 0, threshold=2.0))
-            index += 1
-    # At most 32 blocks of columns: from 4097 channels on they are wider. Nothing but outliers in one row.
-    x = random_tensor(40, 4500, device=device)
-    x[7] = 150.0
-    yield Sample("deep", _hilo_args(x, 24, torch.bfloat16, symmetric=False, threshold=6.0))
-    args = list(_hilo_args(random_tensor(6, 96, device=device), 24, torch.float32, symmetric=False, threshold=2.0))
-    yield Sample("strided_rows", tuple(a[::2] if i < 5 else a for i, a in enumerate(args)))
-    if device.type != "cuda":
-        return
-    for label, (m, n, k), symmetric, loud in [
-        ("even", (2048, 4096, 512), True, 0),
-        ("ragged", (1999, 4640, 528), False, 3),
-        ("deep_large", (2100, 4128, 8256), False, 40),
-        ("shallow", (4100, 2080, 16), True, 1),
-        ("narrow", (513, 4096, 1040), True, 5),
-        ("all", (1030, 4096, 1024), False, -1),
-    ]:
-        x = random_tensor(m, k, device=device).clamp(-5, 5)
-        generator = torch.Generator().manual_seed(m)
-        for _ in range(loud):  # some tiles have outliers, in some blocks, and some have none
-            row, column = (int(torch.randint(0, size, (1,), generator=generator)) for size in (m, k))
-            x[row, column] = 300.0
-        if loud < 0:
-            x *= 50.0
-        yield Sample(label, _hilo_args(x, n, torch.bfloat16, symmetric, threshold=6.0))
-
-
-def _hilo_args(x: Tensor, n: int, dtype: torch.dtype, symmetric: bool, threshold: float) -> tuple[Any, ...]:
-    """Arguments of `linear_w8a8_hilo`, with zero points and bias unless symmetric."""
-    low, scale, zero, high, blocks = quantize_hilo.reference(x, threshold, symmetric)
-    weight, weight_scale = numerics.quantize_weight(random_tensor(n, x.shape[-1], device=x.device, seed=1))
-    bias = random_tensor(n, device=x.device, dtype=dtype, seed=2)
-    affine = (None, None, None) if symmetric else (zero, weight.sum(1, dtype=torch.int32), bias)
-    return (low, scale, affine[0], high, blocks, weight, weight_scale, *affine[1:], dtype)
-
-
 def few_columns(m: int, n: int, k: int, device: torch.device) -> tuple[Any, ...]:
     """Arguments of a gated linear whose product exceeds the threshold in 20 channels, for 48 places."""
     codes, scale = numerics.quantize_symmetric(random_tensor(m, k, device=device))
@@ -390,9 +345,9 @@ def hard_samples(name: str, device: torch.device) -> Iterator[Sample]:
         if device.type == "cuda":
             yield from _large_samples(device)
     elif name == "linear_w8a8_hilo":
-        yield from _hilo_linear_samples(device)
+        yield from hilo_samples.linear_samples(device)
     elif name == "gated_linear_quantize_hilo":
-        for index, sample in enumerate(_hilo_linear_samples(device)):
+        for index, sample in enumerate(hilo_samples.linear_samples(device)):
             if device.type == "cuda" or index % 3 == 0:  # the interpreter takes its time, and sees the linear alone too
                 yield Sample(sample.label, (*sample.args, "silu", 4.0, sample.args[2] is None))
     elif name.startswith("gated_linear"):

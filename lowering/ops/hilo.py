@@ -13,6 +13,7 @@ not, and none of them counts in the scale. `blocks` says which: bit b is set whe
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,12 +132,16 @@ def _linear_samples(device: torch.device) -> Iterator[Sample]:
     ]:
         x = random_tensor(m, k, device=device)
         x[m // 2, k // 2] = 70.0
-        low, scale, zero, high, blocks = quantize_hilo.reference(x, 3.0, symmetric)
-        weight, weight_scale = numerics.quantize_weight(random_tensor(n, k, device=device, seed=1))
-        sums, bias = weight.sum(1, dtype=torch.int32), random_tensor(n, device=device, seed=2).to(dtype)
-        affine = (None, None, None) if symmetric else (zero, sums, bias)
-        args = (low, scale, affine[0], high, blocks, weight, weight_scale, affine[1], affine[2], dtype)
-        yield Sample(label, args)
+        yield Sample(label, linear_arguments(x, n, dtype, symmetric, 3.0))
+
+
+def linear_arguments(x: Tensor, n: int, dtype: torch.dtype, symmetric: bool, threshold: float) -> tuple[Any, ...]:
+    """Of `linear_w8a8_hilo`, for `x[M, K]` and random weights `[n, K]`; zero points and bias unless symmetric."""
+    low, scale, zero, high, blocks = quantize_hilo.reference(x, threshold, symmetric)
+    weight, weight_scale = numerics.quantize_weight(random_tensor(n, x.shape[-1], device=x.device, seed=1))
+    bias = random_tensor(n, device=x.device, dtype=dtype, seed=2)
+    affine = (None, None, None) if symmetric else (zero, weight.sum(1, dtype=torch.int32), bias)
+    return (low, scale, affine[0], high, blocks, weight, weight_scale, *affine[1:], dtype)
 
 
 @op(samples=_linear_samples, tolerance=Tolerance(rtol=2e-5, atol=2e-5))

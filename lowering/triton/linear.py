@@ -447,7 +447,7 @@ def tiles_product(
         outlier_weight if r else None, outlier_weight.stride(0) if r and outlier_weight is not None else 0,
         columns if r else None,
         None if hilo is None else hilo.high.contiguous(),
-        None if hilo is None else per_row(hilo.blocks, codes), out, m, n,
+        None if hilo is None else per_row(hilo.blocks, codes).contiguous(), out, m, n,
         K=k, R=r, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_R=16 if r <= 16 else 32, GROUP=GROUP_M,
         EVEN_N=n % tile.n == 0, HIGH_WIDTH=numerics.block_width(k), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
