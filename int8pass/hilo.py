@@ -37,7 +37,7 @@ _LINEARS = {"linear_w8a8", _GATED}
 _OPERANDS, _FLOAT_COLUMNS, _LINEAR_ARGUMENTS = (0, 1, 2, 7, 9), 8, 11
 
 
-def columns_to_blocks(program: Program, devices: Collection[str] = DEVICES) -> int:
+def columns_to_blocks(program: Program, devices: Collection[str]) -> int:
     """Rewrite what can be, of inputs on `devices`; returns how many.
 
     `…_quantize_dynamic(x, R, t) ; linear_w8a8(codes, …, outliers, columns)` ⇒
@@ -65,17 +65,23 @@ def _convertible(program: Program, devices: Collection[str]) -> list[fx.Node]:
 
 def _takes(node: fx.Node, devices: Collection[str]) -> bool:
     """A threshold, on a device where it pays, of rows that fit."""
-    codes = _elements(node)[0].meta["val"] if 0 in _elements(node) else None
+    element = _elements(node).get(0)
+    codes = None if element is None else element.meta["val"]
     if not isinstance(codes, Tensor) or codes.device.type not in devices:
         return False
     threshold, width = node.args[-2], codes.shape[-1]
     return isinstance(threshold, float) and threshold > 0.0 and isinstance(width, int) and width <= hilo.MAX_K
 
 
+def _shift(node: fx.Node) -> int:
+    """Results of an op before its codes: the sum with the residual, or none."""
+    return 1 if op_name(node) == "add_norm_quantize_dynamic" else 0
+
+
 def _elements(node: fx.Node) -> dict[int, fx.Node]:
     """`getitem` nodes by what they stand for: 0 codes, 1 scale, 2 zero point, 3 outliers, 4 columns, 5 overflow; -1
     the sum with the residual."""
-    shift = 1 if op_name(node) == "add_norm_quantize_dynamic" else 0
+    shift = _shift(node)
     return {int(u.args[1]) - shift: u for u in node.users if u.target is operator.getitem}  # type: ignore[arg-type]
 
 
@@ -120,7 +126,7 @@ def _convert(source: fx.Node, edit: Edit) -> None:
     else:
         target, arguments = _QUANTIZE[op_name(source)].overload, tuple(rest)
     new = edit.call(target, *arguments, threshold, symmetric, before=source)
-    shift = 1 if op_name(source) == "add_norm_quantize_dynamic" else 0
+    shift = _shift(source)
     elements = _elements(source)
     readers = [r for r in dict.fromkeys(_readers(source)) if op_name(r) == "linear_w8a8"]
     for index, element in elements.items():

@@ -115,7 +115,9 @@ def quantize_hilo(x: Tensor, threshold: float, symmetric: bool) -> tuple[Tensor,
     width = block_width(x.shape[-1])
     padded = torch.nn.functional.pad(magnitude, (0, -x.shape[-1] % width))
     used = outlier_blocks(padded.unflatten(-1, (-1, width)).amax(-1), threshold)
-    wide = used.repeat_interleave(width, -1)[..., : x.shape[-1]]
+    bits = (used.long() << torch.arange(used.shape[-1], device=x.device)).sum(-1, keepdim=True)
+    blocks = torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32)
+    wide = in_blocks(blocks, x.shape[-1])
     inliers = torch.where(wide, 0.0, x)
     low, high = inliers.amin(-1, keepdim=True), inliers.amax(-1, keepdim=True)
     if symmetric:
@@ -132,8 +134,6 @@ def quantize_hilo(x: Tensor, threshold: float, symmetric: bool) -> tuple[Tensor,
     # An inlier that rounds to 128 must not take a high half: its block is not multiplied.
     codes = torch.where(wide, codes.clamp(-32768, 32639), codes.clamp(INT8_MIN, INT8_MAX)).to(torch.int32)
     upper = (codes + 128) >> 8
-    bits = (used.long() << torch.arange(used.shape[-1], device=x.device)).sum(-1, keepdim=True)
-    blocks = torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32)
     return (codes - 256 * upper).to(torch.int8), scale, zero_point.to(torch.int32), upper.to(torch.int8), blocks
 
 
