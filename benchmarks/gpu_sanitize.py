@@ -1,7 +1,8 @@
 """Every Triton implementation on a few small samples, for NVIDIA's compute-sanitizer.
 
+    python -m benchmarks.gpu_sanitize                   # compiles the kernels, which is slow under the sanitizer
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-    compute-sanitizer --tool memcheck --error-exitcode 9 python -m benchmarks.gpu_sanitize
+    compute-sanitizer --tool memcheck --error-exitcode 9 python -m benchmarks.gpu_sanitize [--part 1/4]
 
 Without caching every tensor is an allocation of its own, so that an access beyond it is seen. Samples of odd sizes, and
 for the persistent kernel one that fills it and is ragged in every dimension.
@@ -9,8 +10,11 @@ for the persistent kernel one that fills it and is ragged in every dimension.
 
 from __future__ import annotations
 
+import argparse
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,25 +37,33 @@ HARD = (
 )
 
 
-def main() -> int:
-    """Run them; returns how many gave a wrong result."""
-    wrong = count = 0
+def runs() -> list[tuple[Any, Any, str, tuple[Any, ...]]]:
+    """(op, implementation, label, arguments) of all that can run here."""
+    found = []
     for op in all_ops().values():
         samples = [(s.label, s.args) for s in [*op.samples(CUDA)][:4]]
         hard = [(f"hard-{s.label}", s.args) for s in kernel_checks.hard_samples(op.name, CUDA)]
         samples += [(label, args) for label, args in hard if label.startswith(HARD)]
         for implementation in [i for i in op.implementations if i.target == "triton"]:
-            for label, args in samples:
-                if implementation.refuses(args) is not None:
-                    continue
-                count += 1
-                try:
-                    kernel_checks.verify(op, args, implementation.function(*args))
-                except AssertionError as error:
-                    wrong += 1
-                    print("WRONG", implementation.name, label, str(error).splitlines()[0])
+            found += [(op, implementation, *s) for s in samples if implementation.refuses(s[1]) is None]
+    return found
+
+
+def main() -> int:
+    """Run them; returns how many gave a wrong result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", default="1/1", help="k/n: every n-th run from the k-th on, to share them out")
+    first, parts = (int(number) for number in parser.parse_args().part.split("/"))
+    wrong, begin, chosen = 0, time.perf_counter(), runs()[first - 1 :: parts]
+    for count, (op, implementation, label, args) in enumerate(chosen, 1):
+        try:
+            kernel_checks.verify(op, args, implementation.function(*args))
+        except AssertionError as error:
+            wrong += 1
+            print("WRONG", implementation.name, label, str(error).splitlines()[0])
+        if count % 10 == 0 or count == len(chosen):
+            print(f"{count} of {len(chosen)} runs, {wrong} wrong, {time.perf_counter() - begin:.0f} s", flush=True)
     torch.cuda.synchronize()
-    print(f"{count} runs, {wrong} wrong")
     return wrong
 
 
