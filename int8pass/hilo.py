@@ -25,6 +25,8 @@ aten = torch.ops.aten
 DEVICES = frozenset({"cuda"})
 """Where it is done. On a CPU a second plane is a second product, and columns are cheap to find."""
 
+THRESHOLD = 6.0
+
 _QUANTIZE = {
     "split_quantize_dynamic": hilo.quantize_hilo,
     "norm_quantize_dynamic": hilo.norm_quantize_hilo,
@@ -70,7 +72,7 @@ def _takes(node: fx.Node, devices: Collection[str]) -> bool:
     if not isinstance(codes, Tensor) or codes.device.type not in devices:
         return False
     threshold, width = node.args[-2], codes.shape[-1]
-    return isinstance(threshold, float) and threshold > 0.0 and isinstance(width, int) and width <= hilo.MAX_K
+    return isinstance(threshold, float) and isinstance(width, int) and width <= hilo.MAX_K
 
 
 def _shift(node: fx.Node) -> int:
@@ -120,6 +122,7 @@ def _led(node: fx.Node, found: list[fx.Node]) -> bool:
 def _convert(source: fx.Node, edit: Edit) -> None:
     """One op, and the linears that read it, except for gated ones: they are sources of their own."""
     *rest, _, threshold, symmetric = source.args
+    threshold = threshold or THRESHOLD
     if op_name(source) == _GATED:
         target, arguments = hilo.gated_linear_quantize_hilo.overload, _linear_arguments(source)
         arguments = (*arguments, rest[_LINEAR_ARGUMENTS])

@@ -31,7 +31,7 @@ def compiled(
     k: int, r: int, code_columns: bool, affine: bool, act: int, wide: bool = True, hilo: bool = False
 ) -> Compiled:
     """What `hopper._launch` would compile for these forms, bf16 out."""
-    side, half, depth = hopper.BLOCK_M, hopper.HALF, hopper.BLOCK_K
+    side, half, depth = hopper.PART, hopper.HALF, hopper.BLOCK_K
     depth_r = 32 if r <= 32 else 64
     signature: dict[str, str] = {
         "a": tile("i8", side, depth, I8), "w": tile("i8", half, depth, I8), "c": tile("bf16", side, half, BF16),
@@ -49,8 +49,8 @@ def compiled(
         "K": k, "R": r, "PER": block_width(k) // depth if hilo else 0, "CODES": code_columns, "ACT": act,
         "NEXT": half if gated or not wide else 2 * half,
         "SECOND": 14336 if gated else half, "BUFFERS": hopper.BUFFERS if wide else hopper.NARROW_BUFFERS, "WIDE": wide,
-        "BLOCK_M": side, "HALF": half,
-        "BLOCK_K": depth, "GROUP": hopper.GROUP, "LOADER_REGISTERS": hopper.LOADER_REGISTERS,
+        "PART": side, "HALF": half, "BLOCK_K": depth, "GROUP": hopper.GROUP,
+        "REGISTERS": hopper.REGISTERS, "LOADER_REGISTERS": hopper.LOADER_REGISTERS,
     }  # fmt: skip
     kernel = hopper._linear_w8a8_wgmma
     names = [p.name for p in kernel.params]

@@ -31,19 +31,21 @@ REACH = tl.constexpr(float(numerics.HILO_REACH))
 
 
 @triton.jit
-def outlier_blocks(reach, floor, LIMIT: tl.constexpr, COUNT: tl.constexpr):
-    """Bits of the blocks with outliers, of magnitudes (as bits of floats) `[COUNT]`: `numerics.outlier_blocks`."""
+def outlier_blocks(reach, reaches, floor, LIMIT: tl.constexpr, COUNT: tl.constexpr):
+    """Bits of the blocks with outliers, of magnitudes (as bits of floats): `numerics.outlier_blocks`.
+
+    `reach[COUNT]` is spread over the warps, `reaches[1, COUNT]` in each: what is reduced there needs no barrier.
+    """
     own = reach[:, None]
-    others = reach[None, :]
-    next_lower = tl.max(tl.where(others < own, others, 0), 1)
-    rank = tl.sum((others >= own).to(tl.int32), 1)
+    next_lower = tl.max(tl.where(reaches < own, reaches, 0), 1)
+    rank = tl.sum((reaches >= own).to(tl.int32), 1)
     twice = 2.0 * next_lower.to(tl.float32, bitcast=True)
     gap = (next_lower > 0) & (reach.to(tl.float32, bitcast=True) >= twice) & (rank <= LIMIT)
-    apart = reach >= tl.min(tl.where(gap, reach, 0x7F800000), 0)
-    either = apart | (reach > floor)
-    few = tl.sum(either.to(tl.int32), 0) <= LIMIT
-    chosen = (few & either) | (apart & (reach < 0x7F800000))
-    return tl.sum(chosen.to(tl.int32) << tl.arange(0, COUNT), 0)
+    apart = reaches >= tl.min(tl.where(gap, reach, 0x7F800000), 0)
+    either = apart | (reaches > floor)
+    few = tl.sum(either.to(tl.int32), 1)[:, None] <= LIMIT
+    chosen = (few & either) | (apart & (reaches < 0x7F800000))
+    return tl.sum(tl.sum(chosen.to(tl.int32) << tl.arange(0, COUNT)[None, :], 1), 0)
 
 
 @triton.jit
@@ -70,21 +72,23 @@ def row_codes(
     bits = tl.reshape(y.to(tl.int32, bitcast=True), [COUNT, BLOCK // COUNT])
     if SYMMETRIC:
         up = tl.max(bits & 0x7FFFFFFF, 1)
-        reach = up
+        down = tl.zeros_like(up)
     else:  # signed comparison: the bits of a negative float are a negative int
         up = tl.maximum(tl.max(bits, 1), 0)
         down = tl.maximum(tl.max(bits ^ SIGN_BIT, 1), 0)
-        reach = tl.maximum(up, down)
-    used = outlier_blocks(reach, floor, LIMIT, COUNT)
+    # To every warp, in one exchange.
+    both = ((up.to(tl.int64) << 32) | down.to(tl.int64))[None, :]
+    ups = (both >> 32).to(tl.int32)
+    downs = both.to(tl.int32)
+    reaches = tl.maximum(ups, downs)
+    used = outlier_blocks(tl.maximum(up, down), reaches, floor, LIMIT, COUNT)
     total = tl.sum(tl.abs(y), 0)
-    absmax = tl.max(reach, 0).to(tl.float32, bitcast=True)
+    absmax = tl.max(tl.max(reaches, 1), 0).to(tl.float32, bitcast=True)
     if used == 0:
         total, absmax = 0.0, 0.0
-    outside = (used >> tl.arange(0, COUNT)) & 1 != 0
-    above = tl.max(tl.where(outside, 0, up), 0)
-    below = 0
-    if not SYMMETRIC:
-        below = tl.max(tl.where(outside, 0, down), 0)
+    outside = (used >> tl.arange(0, COUNT)[None, :]) & 1 != 0
+    above = tl.max(tl.max(tl.where(outside, 0, ups), 1), 0)
+    below = tl.max(tl.max(tl.where(outside, 0, downs), 1), 0)
     s, inverse, zero = hilo_scale(above, below, absmax, total, SUM, SYMMETRIC)
     return s, inverse, zero, used
 

@@ -38,13 +38,13 @@ from lowering.triton.launch import expected_rows, per_row
 # Renamed in Triton 3.7.
 _synchronize = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
-BLOCK_M, HALF, BLOCK_K, GROUP = 128, 128, 128, 8
+BLOCK_M, PART, HALF, BLOCK_K, GROUP = 128, 64, 128, 128, 8
 # 4 stages of 48 KB and 32 KB to stage the result fill an H100's 227 KB.
 BUFFERS = 4
 NARROW_BUFFERS = 6  # of 32 KB
 OUTLIERS = BLOCK_K // 2  # 16-bit columns that one step holds
-WARPS = 8
-LOADER_REGISTERS = 24  # of its one warp; the others take what it leaves
+WARPS = 4  # of each of the two groups that multiply
+REGISTERS, LOADER_REGISTERS = 240, 24  # of a thread that multiplies, and of the one warp that loads
 NO_ACTIVATION = -1
 _GL = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int8: gl.int8}
 
@@ -82,8 +82,8 @@ def _count(word):
 
 @gluon.jit
 def _fill(
-    a, w, a_ring, w0_ring, w1_ring, full, free, m, n, k, step,
-    SECOND: gl.constexpr, BUFFERS: gl.constexpr, BLOCK_M: gl.constexpr, HALF: gl.constexpr, BLOCK_K: gl.constexpr,
+    a, w, a0_ring, a1_ring, w0_ring, w1_ring, full, free, m, n, k, step,
+    SECOND: gl.constexpr, BUFFERS: gl.constexpr, PART: gl.constexpr, HALF: gl.constexpr, BLOCK_K: gl.constexpr,
     WIDE: gl.constexpr,
 ):  # fmt: skip
     """One step of the ring, once its buffer is free."""
@@ -91,8 +91,9 @@ def _fill(
     slot = step % BUFFERS
     bar = full.index(slot)
     mbarrier.wait(free.index(slot), ((step // BUFFERS) & 1) ^ 1)
-    mbarrier.expect(bar, (BLOCK_M + halves * HALF) * BLOCK_K)
-    tma.async_copy_global_to_shared(a, [m, k * BLOCK_K], bar, a_ring.index(slot))
+    mbarrier.expect(bar, (2 * PART + halves * HALF) * BLOCK_K)
+    tma.async_copy_global_to_shared(a, [m, k * BLOCK_K], bar, a0_ring.index(slot))
+    tma.async_copy_global_to_shared(a, [m + PART, k * BLOCK_K], bar, a1_ring.index(slot))
     tma.async_copy_global_to_shared(w, [n, k * BLOCK_K], bar, w0_ring.index(slot))
     if WIDE:
         tma.async_copy_global_to_shared(w, [n + SECOND, k * BLOCK_K], bar, w1_ring.index(slot))
@@ -100,12 +101,13 @@ def _fill(
 
 @gluon.jit
 def _load(
-    a, w, o, ow, ah, blocks, a_ring, w0_ring, w1_ring, counts, full, free, M, N,
+    a, w, o, ow, ah, blocks, a0_ring, a1_ring, w0_ring, w1_ring, counts, full, free, M, N,
     K_STEPS: gl.constexpr, R: gl.constexpr, PER: gl.constexpr,
     NEXT: gl.constexpr, SECOND: gl.constexpr, BUFFERS: gl.constexpr,
-    BLOCK_M: gl.constexpr, HALF: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr, WIDE: gl.constexpr,
+    PART: gl.constexpr, HALF: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     """One warp: the loads of all tiles of this program, as far ahead as the ring has room."""
+    BLOCK_M: gl.constexpr = 2 * PART
     tiles_m = gl.cdiv(M, BLOCK_M)
     tiles_n = gl.cdiv(N, NEXT)
     halves: gl.constexpr = 2 if WIDE else 1
@@ -123,14 +125,14 @@ def _load(
                 for k in range((K_STEPS + PER - 1) // PER * PER):
                     if ((used >> (k // PER)) & 1) != 0:
                         _fill(
-                            ah, w, a_ring, w0_ring, w1_ring, full, free, m, n, k, step,
-                            SECOND, BUFFERS, BLOCK_M, HALF, BLOCK_K, WIDE,
+                            ah, w, a0_ring, a1_ring, w0_ring, w1_ring, full, free, m, n, k, step,
+                            SECOND, BUFFERS, PART, HALF, BLOCK_K, WIDE,
                         )  # fmt: skip
                         step += 1
         for k in range(K_STEPS):
             _fill(
-                a, w, a_ring, w0_ring, w1_ring, full, free, m, n, k, step,
-                SECOND, BUFFERS, BLOCK_M, HALF, BLOCK_K, WIDE,
+                a, w, a0_ring, a1_ring, w0_ring, w1_ring, full, free, m, n, k, step,
+                SECOND, BUFFERS, PART, HALF, BLOCK_K, WIDE,
             )  # fmt: skip
             step += 1
         if R > 0:
@@ -142,7 +144,10 @@ def _load(
             mbarrier.wait(free.index(slot), ((step // BUFFERS) & 1) ^ 1)
             mbarrier.expect(bar, (BLOCK_M + halves * HALF) * depth * 2)
             tma.async_copy_global_to_shared(
-                o, [m, 0], bar, a_ring.index(slot)._reinterpret(kind, [BLOCK_M, depth], wide)
+                o, [m, 0], bar, a0_ring.index(slot)._reinterpret(kind, [PART, depth], wide)
+            )
+            tma.async_copy_global_to_shared(
+                o, [m + PART, 0], bar, a1_ring.index(slot)._reinterpret(kind, [PART, depth], wide)
             )
             tma.async_copy_global_to_shared(
                 ow, [n, 0], bar, w0_ring.index(slot)._reinterpret(kind, [HALF, depth], wide)
@@ -169,22 +174,32 @@ def _activation(x, ACT: gl.constexpr):
 
 
 @gluon.jit
-def _per_channel(pointer, first, rows, HALF: gl.constexpr, LAYOUT: gl.constexpr):
-    """One value per channel of a half tile, `[1, HALF]`."""
-    n = first + gl.arange(0, HALF, layout=gl.SliceLayout(0, LAYOUT))
-    return gl.load(pointer + n, mask=n < rows, other=0)[None, :]
+def _per_channel(pointer, first, rows, HALF: gl.constexpr):
+    """One value per channel of a half tile, one in each thread that multiplies: before a tile's products, when they
+    take no time, and hardly a register. `gl.convert_layout` hands them round afterwards."""
+    value = first
+    if pointer is not None:
+        n = first + gl.arange(0, HALF, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+        value = gl.load(pointer + n, mask=n < rows, other=0)
+    return value
+
+
+@gluon.jit
+def _channels(value, LAYOUT: gl.constexpr):
+    """`[1, HALF]` as the results lie."""
+    return gl.convert_layout(value, gl.SliceLayout(0, LAYOUT))[None, :]
 
 
 @gluon.jit
 def _finished(
-    acc, token, zero, zero_point, weight_scale, weight_sum, bias, first, rows, o, ow,
-    R: gl.constexpr, CODES: gl.constexpr, HALF: gl.constexpr, LAYOUT: gl.constexpr,
+    acc, token, zero, has_zero: gl.constexpr, scale, weight_sum, bias, has_bias: gl.constexpr, o, ow,
+    R: gl.constexpr, CODES: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Everything between the int32 sums and the one rounding, for one half of a tile."""
+    """Everything between the int32 sums and the one rounding, for one half of a part."""
     acc = gl.convert_layout(acc, LAYOUT)
-    if zero_point is not None:
-        acc -= zero[:, None] * _per_channel(weight_sum, first, rows, HALF, LAYOUT)
-    channel = _per_channel(weight_scale, first, rows, HALF, LAYOUT)
+    if has_zero:
+        acc -= zero[:, None] * _channels(weight_sum, LAYOUT)
+    channel = _channels(scale, LAYOUT)
     y = acc.to(gl.float32) * token[:, None]
     if R > 0:
         if CODES:  # both parts share the channel's scale
@@ -193,8 +208,8 @@ def _finished(
             y = warpgroup_mma(o, ow.permute((1, 0)), y * channel)
     else:
         y *= channel
-    if bias is not None:
-        y += _per_channel(bias, first, rows, HALF, LAYOUT).to(gl.float32)
+    if has_bias:
+        y += _channels(bias, LAYOUT).to(gl.float32)
     return y
 
 
@@ -207,41 +222,6 @@ def _store(c, staging, y, m, n):
     fence_async_shared()
     _synchronize()
     tma.async_copy_shared_to_global(c, [m, n], staging)
-
-
-@gluon.jit
-def _write(
-    left, right, o, ow0, ow1, c, staging, scale, scale_stride, zero_point, zero_point_stride,
-    weight_scale, weight_sum, bias, M, rows, m, n,
-    R: gl.constexpr, CODES: gl.constexpr, ACT: gl.constexpr, SECOND: gl.constexpr,
-    BLOCK_M: gl.constexpr, HALF: gl.constexpr, OUT: gl.constexpr, WIDE: gl.constexpr,
-):  # fmt: skip
-    """Finish and store a tile, or the gated product of its halves."""
-    at = m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, OUT))
-    token = gl.load(scale + at.to(gl.int64) * scale_stride, mask=at < M, other=0.0)
-    zero = at
-    if zero_point is not None:
-        zero = gl.load(zero_point + at.to(gl.int64) * zero_point_stride, mask=at < M, other=0)
-    y = _finished(
-        left, token, zero, zero_point, weight_scale, weight_sum, bias, n, rows, o, ow0, R, CODES, HALF, OUT
-    )  # fmt: skip
-    if ACT < 0:
-        _store(c, staging, y.to(c.dtype), m, n)
-        if WIDE:
-            y = _finished(
-                right, token, zero, zero_point, weight_scale, weight_sum, bias, n + SECOND, rows, o, ow1,
-                R, CODES, HALF, OUT,
-            )  # fmt: skip
-            _store(c, staging, y.to(c.dtype), m, n + SECOND)
-    else:
-        # Rounded after every step, as eager PyTorch does.
-        gate = _activation(y.to(c.dtype).to(gl.float32), ACT).to(c.dtype)
-        y = _finished(
-            right, token, zero, zero_point, weight_scale, weight_sum, bias, n + SECOND, rows, o, ow1,
-            R, CODES, HALF, OUT,
-        )  # fmt: skip
-        product = (gate.to(gl.float32) * y.to(c.dtype).to(gl.float32)).to(c.dtype)
-        _store(c, staging, product, m, n)
 
 
 @gluon.jit
@@ -273,26 +253,41 @@ def _products(
 @gluon.jit
 def _multiply(
     a_ring, w0_ring, w1_ring, counts, full, free, staging, o, c, scale, scale_stride, zero_point, zero_point_stride,
-    weight_scale, weight_sum, bias, M, N, rows,
+    weight_scale, weight_sum, bias, offset, M, N, rows,
     K_STEPS: gl.constexpr, R: gl.constexpr, PER: gl.constexpr, CODES: gl.constexpr, ACT: gl.constexpr,
     NEXT: gl.constexpr, SECOND: gl.constexpr, BUFFERS: gl.constexpr,
-    BLOCK_M: gl.constexpr, HALF: gl.constexpr, GROUP: gl.constexpr, WIDE: gl.constexpr,
+    PART: gl.constexpr, HALF: gl.constexpr, GROUP: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
-    """The other warps: products of what has come, and the results."""
+    """Four warps: products of what has come, and the results, for the rows from `offset` on of every tile."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, HALF, 32]
     )
     OUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, HALF, 16]
     )
-    tiles_m = gl.cdiv(M, BLOCK_M)
+    affine: gl.constexpr = zero_point is not None
+    biased: gl.constexpr = bias is not None
+    tiles_m = gl.cdiv(M, 2 * PART)
     tiles_n = gl.cdiv(N, NEXT)
     step = 0
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         tile_m, tile_n = _position(tile, tiles_m, tiles_n, GROUP)
-        m, n = tile_m * BLOCK_M, tile_n * NEXT
-        left = gl.zeros([BLOCK_M, HALF], gl.int32, ACC)
-        right = gl.zeros([BLOCK_M, HALF], gl.int32, ACC)
+        m, n = tile_m * (2 * PART) + offset, tile_n * NEXT
+        at = m + gl.arange(0, PART, layout=gl.SliceLayout(1, OUT))
+        token = gl.load(scale + at.to(gl.int64) * scale_stride, mask=at < M, other=0.0)
+        zero = at
+        if affine:
+            zero = gl.load(zero_point + at.to(gl.int64) * zero_point_stride, mask=at < M, other=0)
+        scale0 = _per_channel(weight_scale, n, rows, HALF)
+        sum0 = _per_channel(weight_sum, n, rows, HALF)
+        bias0 = _per_channel(bias, n, rows, HALF)
+        scale1, sum1, bias1 = scale0, sum0, bias0
+        if WIDE:
+            scale1 = _per_channel(weight_scale, n + SECOND, rows, HALF)
+            sum1 = _per_channel(weight_sum, n + SECOND, rows, HALF)
+            bias1 = _per_channel(bias, n + SECOND, rows, HALF)
+        left = gl.zeros([PART, HALF], gl.int32, ACC)
+        right = gl.zeros([PART, HALF], gl.int32, ACC)
         if PER > 0:
             mbarrier.wait(full.index(step % BUFFERS), (step // BUFFERS) & 1)
             number = counts.index(step % BUFFERS).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
@@ -316,14 +311,21 @@ def _multiply(
             kind: gl.constexpr = o.dtype
             wide: gl.constexpr = o.layout
             depth: gl.constexpr = o.block_type.shape[1]
-            o_tile = o_tile._reinterpret(kind, [BLOCK_M, depth], wide)
+            o_tile = o_tile._reinterpret(kind, [PART, depth], wide)
             ow0 = ow0._reinterpret(kind, [HALF, depth], wide)
             ow1 = ow1._reinterpret(kind, [HALF, depth], wide)
-        _write(
-            left, right, o_tile, ow0, ow1, c, staging, scale, scale_stride, zero_point, zero_point_stride,
-            weight_scale, weight_sum, bias, M, rows, m, n,
-            R, CODES, ACT, SECOND, BLOCK_M, HALF, OUT, WIDE,
-        )  # fmt: skip
+        y = _finished(left, token, zero, affine, scale0, sum0, bias0, biased, o_tile, ow0, R, CODES, OUT)
+        if ACT < 0:
+            _store(c, staging, y.to(c.dtype), m, n)
+            if WIDE:
+                y = _finished(right, token, zero, affine, scale1, sum1, bias1, biased, o_tile, ow1, R, CODES, OUT)
+                _store(c, staging, y.to(c.dtype), m, n + SECOND)
+        else:
+            # Rounded after every step, as eager PyTorch does.
+            gate = _activation(y.to(c.dtype).to(gl.float32), ACT).to(c.dtype)
+            y = _finished(right, token, zero, affine, scale1, sum1, bias1, biased, o_tile, ow1, R, CODES, OUT)
+            product = (gate.to(gl.float32) * y.to(c.dtype).to(gl.float32)).to(c.dtype)
+            _store(c, staging, product, m, n)
         if R > 0:
             mbarrier.arrive(free.index(last), count=1)
     tma.store_wait(0)
@@ -335,39 +337,46 @@ def _linear_w8a8_wgmma(
     M, N, rows,
     K: gl.constexpr, R: gl.constexpr, PER: gl.constexpr, CODES: gl.constexpr, ACT: gl.constexpr,
     NEXT: gl.constexpr, SECOND: gl.constexpr, BUFFERS: gl.constexpr,
-    BLOCK_M: gl.constexpr, HALF: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr, WIDE: gl.constexpr,
-    LOADER_REGISTERS: gl.constexpr,
+    PART: gl.constexpr, HALF: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr, WIDE: gl.constexpr,
+    REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """`N` columns of the result, `rows` of the weight. Tiles start `NEXT` columns apart, halves `SECOND` rows. A bit
     of `blocks` stands for `PER` steps of `ah`; 0: there is none."""
-    a_ring = gl.allocate_shared_memory(gl.int8, [BUFFERS, BLOCK_M, BLOCK_K], a.layout)
+    a0_ring = gl.allocate_shared_memory(gl.int8, [BUFFERS, PART, BLOCK_K], a.layout)
+    a1_ring = gl.allocate_shared_memory(gl.int8, [BUFFERS, PART, BLOCK_K], a.layout)
     w0_ring = gl.allocate_shared_memory(gl.int8, [BUFFERS, HALF, BLOCK_K], w.layout)
     w1_ring = w0_ring
     if WIDE:
         w1_ring = gl.allocate_shared_memory(gl.int8, [BUFFERS, HALF, BLOCK_K], w.layout)
-    staging = gl.allocate_shared_memory(c.dtype, [BLOCK_M, HALF], c.layout)
+    staging0 = gl.allocate_shared_memory(c.dtype, [PART, HALF], c.layout)
+    staging1 = gl.allocate_shared_memory(c.dtype, [PART, HALF], c.layout)
     counts = gl.allocate_shared_memory(gl.int32, [BUFFERS, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(BUFFERS):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(free.index(i), count=1)
+        mbarrier.init(free.index(i), count=2)
     fence_async_shared()
     K_STEPS: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     gl.warp_specialize(
         [
             (_multiply, (
-                a_ring, w0_ring, w1_ring, counts, full, free, staging, o, c, scale, scale_stride, zero_point,
-                zero_point_stride, weight_scale, weight_sum, bias, M, N, rows,
-                K_STEPS, R, PER, CODES, ACT, NEXT, SECOND, BUFFERS, BLOCK_M, HALF, GROUP, WIDE,
+                a0_ring, w0_ring, w1_ring, counts, full, free, staging0, o, c, scale, scale_stride, zero_point,
+                zero_point_stride, weight_scale, weight_sum, bias, 0, M, N, rows,
+                K_STEPS, R, PER, CODES, ACT, NEXT, SECOND, BUFFERS, PART, HALF, GROUP, WIDE,
+            )),
+            (_multiply, (
+                a1_ring, w0_ring, w1_ring, counts, full, free, staging1, o, c, scale, scale_stride, zero_point,
+                zero_point_stride, weight_scale, weight_sum, bias, PART, M, N, rows,
+                K_STEPS, R, PER, CODES, ACT, NEXT, SECOND, BUFFERS, PART, HALF, GROUP, WIDE,
             )),
             (_load, (
-                a, w, o, ow, ah, blocks, a_ring, w0_ring, w1_ring, counts, full, free, M, N,
-                K_STEPS, R, PER, NEXT, SECOND, BUFFERS, BLOCK_M, HALF, BLOCK_K, GROUP, WIDE,
+                a, w, o, ow, ah, blocks, a0_ring, a1_ring, w0_ring, w1_ring, counts, full, free, M, N,
+                K_STEPS, R, PER, NEXT, SECOND, BUFFERS, PART, HALF, BLOCK_K, GROUP, WIDE,
             )),
         ],
-        [1],
-        [LOADER_REGISTERS],
+        [4, 1],
+        [REGISTERS, LOADER_REGISTERS],
     )  # fmt: skip
 
 
@@ -493,23 +502,23 @@ def _launch(
     step, second = (HALF, n) if gated or not wide else (2 * HALF, HALF)
     r = 0 if outliers is None else outliers.shape[1]
     tiles = -(-m // BLOCK_M) * -(-n // step)
-    a, w = descriptor(codes, BLOCK_M, BLOCK_K), descriptor(weight, HALF, BLOCK_K)
+    a, w = descriptor(codes, PART, BLOCK_K), descriptor(weight, HALF, BLOCK_K)
     o = ow = None
     if r:
         assert outliers is not None
         assert outlier_weight is not None
         depth = OUTLIERS // 2 if r <= OUTLIERS // 2 else OUTLIERS
-        o, ow = descriptor(outliers, BLOCK_M, depth), descriptor(outlier_weight, HALF, depth)
-    ah = None if high is None else descriptor(high, BLOCK_M, BLOCK_K)
+        o, ow = descriptor(outliers, PART, depth), descriptor(outlier_weight, HALF, depth)
+    ah = None if high is None else descriptor(high, PART, BLOCK_K)
     arguments = (
-        a, w, o, ow, ah, blocks, descriptor(out, BLOCK_M, HALF), scale, scale.stride()[0],
+        a, w, o, ow, ah, blocks, descriptor(out, PART, HALF), scale, scale.stride()[0],
         zero_point, 0 if zero_point is None else zero_point.stride()[0], weight_scale, weight_sum, bias,
         m, n, weight.shape[0],
     )  # fmt: skip
     constants = {
         "K": k, "R": r, "PER": 0 if high is None else numerics.block_width(k) // BLOCK_K,
         "CODES": code_columns, "ACT": act, "NEXT": step, "SECOND": second,
-        "BUFFERS": BUFFERS if wide else NARROW_BUFFERS, "BLOCK_M": BLOCK_M, "HALF": HALF, "BLOCK_K": BLOCK_K,
-        "GROUP": GROUP, "WIDE": wide, "LOADER_REGISTERS": LOADER_REGISTERS, "num_warps": WARPS,
+        "BUFFERS": BUFFERS if wide else NARROW_BUFFERS, "PART": PART, "HALF": HALF, "BLOCK_K": BLOCK_K, "GROUP": GROUP,
+        "WIDE": wide, "REGISTERS": REGISTERS, "LOADER_REGISTERS": LOADER_REGISTERS, "num_warps": WARPS,
     }  # fmt: skip
     return _Launch(min(tiles, multiprocessors), arguments, constants)
