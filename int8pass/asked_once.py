@@ -3,6 +3,9 @@
 To know what a kernel writes, PyTorch runs Triton's front end on it: four times for every launch in a graph, 50 ms each.
 A model launches the same few kernels in every layer, so on a GPU that was most of the time that int8 took longer to
 compile than bf16. Nothing in PyTorch remembers the answer; here it is remembered while one graph is compiled.
+
+Our own kernels say what they write (`lowering.triton.launch.writes`): PyTorch 2.11 need not ask at all. What 2.13 asks
+has more to it: what is read, and whether other kernels may be appended.
 """
 
 from __future__ import annotations
@@ -16,9 +19,10 @@ import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
+MUTATED = "identify_mutated_tensors"
 # By module. PyTorch 2.11 has the first, 2.13 the second: what a version lacks is passed over.
 QUESTIONS = (
-    ("torch._higher_order_ops.triton_kernel_wrap", "identify_mutated_tensors"),
+    ("torch._higher_order_ops.triton_kernel_wrap", MUTATED),
     ("torch._higher_order_ops.triton_kernel_wrap", "identify_accessed_tensors"),
     ("torch._inductor.codegen.wrapper", "user_defined_triton_kernel_transitive_closure_source_code"),
 )
@@ -45,6 +49,8 @@ def _remembering(question: Callable[..., Any]) -> Callable[..., Any]:
     answers: dict[Hashable, Any] = {}
 
     def ask(kernel: Any, *rest: Any, **named: Any) -> Any:
+        if question.__name__ == MUTATED and (declared := _declared(kernel, *rest)) is not None:
+            return declared
         key = _key((kernel, *rest), named)
         if key is None:
             return question(kernel, *rest, **named)
@@ -53,6 +59,15 @@ def _remembering(question: Callable[..., Any]) -> Callable[..., Any]:
         return answers[key][0]
 
     return ask
+
+
+def _declared(kernel: Any, given: Mapping[str, Any] | None = None, *rest: Any) -> list[str] | None:
+    """Names of the tensors `given` that a kernel says it writes; None where it says nothing."""
+    kernel = _unwrapped(kernel)
+    names = getattr(kernel, "writes", None)
+    if names is None or given is None:
+        return None
+    return [name for name in kernel.arg_names if name in names and _is_tensor(given.get(name))]
 
 
 def _key(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Hashable | None:
@@ -65,11 +80,17 @@ def _key(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Hashable | Non
 
 
 def _identity(kernel: Any) -> Hashable:
+    configurations = getattr(kernel, "configs", ())
+    return id(_unwrapped(kernel)), tuple(_described(c.all_kwargs()) for c in configurations)
+
+
+def _unwrapped(kernel: Any) -> Any:
     """PyTorch wraps a kernel anew for every launch that sets `num_warps`: as an autotuner of one configuration."""
-    configurations = getattr(kernel, "configs", None)
-    if configurations is None:
-        return id(kernel)
-    return id(kernel.fn), tuple(_described(c.all_kwargs()) for c in configurations)
+    return kernel.fn if hasattr(kernel, "configs") else kernel
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) or type(value).__name__ == "TensorBox"  # Inductor's
 
 
 def _described(value: Any) -> Hashable:
@@ -86,6 +107,6 @@ def _described(value: Any) -> Hashable:
         return type(value), value
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, sympy.Expr)):
         return sympy.Expr
-    if type(value).__name__ == "TensorBox":  # Inductor's
+    if _is_tensor(value):
         return Tensor, value.get_dtype()
     raise TypeError(f"{type(value)} is not compared")

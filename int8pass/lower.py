@@ -83,13 +83,20 @@ def load_target(target: str) -> None:
         import lowering.cpu  # noqa: F401
 
 
-def prepare(inputs: Sequence[Any]) -> None:
-    """Let the target of these inputs begin to build what it needs, beside the stages that come before lowering."""
+def prepare(inputs: Sequence[Any]) -> Callable[[], None]:
+    """Let the target of these inputs begin to build what it needs, beside the stages that come before lowering; returns
+    what waits for that of it which Inductor would build once more."""
     devices = {v.device.type for v in inputs if isinstance(v, Tensor)}
+    if "cuda" in devices:
+        from lowering.triton import ahead
+
+        ahead.prepare(torch.device("cuda"))
+        return ahead.prepared
     if devices == {"cpu"}:
         from lowering.cpu import native
 
         native.prepare()
+    return lambda: None
 
 
 def lift_constants(program: Program) -> list[Constant]:
@@ -232,7 +239,11 @@ def _keep_static(program: Program, packed: Sequence[Tensor]) -> None:
 
 # Inductor checks the sizes and alignment of every result of an operator it did not generate, on every call: a hundred
 # sites with six results each. What our operators return is compared with their fakes in the tests.
-_WITHOUT_ASSERTS = {"size_asserts": False, "alignment_asserts": False}
+_SETTINGS: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False}
+# For kernels of its own Inductor has a launcher; for others a C compiler makes one, 0.25 s each, unless it is told that
+# its own will do. It checks that, and falls back.
+if hasattr(torch._inductor.config, "static_launch_user_defined_triton_kernels"):
+    _SETTINGS["static_launch_user_defined_triton_kernels"] = True
 
 
 def compile_with_inductor(
@@ -250,6 +261,6 @@ def compile_with_inductor(
     program.gm.recompile()
     _keep_static(program, inputs[len(program.placeholders) :])
     with torch.no_grad(), asked_once():
-        function = compile_fx(program.gm, list(inputs), inner_compile, config_patches=_WITHOUT_ASSERTS | config)
+        function = compile_fx(program.gm, list(inputs), inner_compile, config_patches=_SETTINGS | config)
     assert callable(function)
     return function

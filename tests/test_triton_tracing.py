@@ -16,6 +16,7 @@ if triton.knobs.runtime.interpret:
 from sm90 import SM90  # noqa: E402
 from torch._dynamo.source import ConstantSource  # noqa: E402
 from torch._functorch.aot_autograd import aot_module_simplified  # noqa: E402
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.fx.experimental.symbolic_shapes import (  # noqa: E402
     DimDynamic,
@@ -25,6 +26,7 @@ from torch.fx.experimental.symbolic_shapes import (  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 import lowering.triton  # noqa: E402, F401
+from int8pass.asked_once import _declared  # noqa: E402
 from lowering.registry import Op, Sample, all_ops  # noqa: E402
 
 
@@ -108,6 +110,10 @@ def test_traces_with_symbolic_rows(op: Op, sample: Sample) -> None:
         inputs = {name for name, value in node.kwargs["kwargs"].items() if isinstance(value, torch.fx.Node)}
         planes = set() if "out" in inputs else {"high", "blocks"}  # a linear reads them
         assert written <= (results | planes) & inputs
+        kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+        given = torch.fx.node.map_arg(node.kwargs["kwargs"], lambda n: n.meta["val"])
+        # The choice of columns says nothing: what it writes depends on its constants.
+        assert one_program or written == {*_declared(kernel, given)}, "the kernel says otherwise"
 
 
 def test_a_tile_is_chosen_from_the_hint_without_a_guard() -> None:

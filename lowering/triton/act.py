@@ -23,7 +23,7 @@ from lowering.triton.columns import (
     static_split,
     store_gathered,
 )
-from lowering.triton.launch import as_rows, empty, rounded, row_block, takes_rows, traceable, wrap_triton
+from lowering.triton.launch import as_rows, empty, rounded, row_block, takes_rows, traceable, wrap_triton, writes
 from lowering.triton.quantize import encode, outlier_output, row_extent, row_outputs, row_scale
 
 SILU = tl.constexpr(0)
@@ -62,6 +62,7 @@ def product(gate, up, cols, mask, ACT: tl.constexpr):
     return y
 
 
+@writes("codes", "scale", "zero_point", "outliers")
 @triton.jit
 def _act_mul_quantize_kernel(
     gate, gate_stride, up, up_stride, marks, codes, scale, zero_point, outliers,
@@ -96,6 +97,7 @@ def _act_mul_quantize_kernel(
         store_gathered(outliers + row * R, value, taken, R, BLOCK_R)
 
 
+@writes("bits")
 @triton.jit
 def _product_absmax_kernel(
     gate, gate_stride, up, up_stride, bits, floor, M,

@@ -1,4 +1,7 @@
-"""Kernels that Inductor does not compile, compiled beside the stages that come before the first call.
+"""What can be compiled beside the stages that come before the first call.
+
+Before its first kernel Triton hashes all of itself and has a C compiler build its driver: half a second each, which
+need nothing of the model. And there are kernels that Inductor does not compile.
 
 Inductor compiles the kernels it can see in processes of its own while it makes the rest of a graph. One that it cannot
 see would be compiled when the graph first reaches it: 0.3 to 0.8 s each, launcher included. Tracing asks for the shapes
@@ -13,11 +16,19 @@ from typing import Any
 
 import torch
 import triton
+from triton.runtime.cache import triton_key
 
 THREADS = 4
 _started: set[str] = set()
 _pending: list[Future[None]] = []
 _pool: ThreadPoolExecutor | None = None
+_prepared: list[Future[Any]] = []
+
+
+def _threads() -> ThreadPoolExecutor:
+    global _pool
+    _pool = _pool or ThreadPoolExecutor(THREADS, thread_name_prefix="int8pass-compile")
+    return _pool
 
 
 def possible(device: torch.device) -> bool:
@@ -25,16 +36,27 @@ def possible(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_available()
 
 
+def prepare(device: torch.device) -> None:
+    """Begin what Triton does once per process."""
+    if not _prepared and possible(device):
+        _prepared.extend(_threads().submit(task) for task in (triton_key, lambda: triton.runtime.driver.active))
+
+
+def prepared() -> None:
+    """Until that is there: two threads at once would do it twice."""
+    for task in _prepared:
+        task.exception()
+
+
 def compile(kernel: Any, device: torch.device, arguments: Sequence[Any], constants: Mapping[str, Any]) -> None:
     """Begin to compile and load `kernel` for these arguments (stand-ins of tensors), once."""
-    global _pool
     signature = repr([kernel, device, [_described(a) for a in arguments], sorted(constants.items())])
     if signature in _started:
         return
+    prepared()
     triton.runtime.driver.active.get_current_device()  # makes Triton's driver here, and not in several threads
-    _pool = _pool or ThreadPoolExecutor(THREADS, thread_name_prefix="int8pass-compile")
     _started.add(signature)
-    _pending.append(_pool.submit(_load, kernel, device, tuple(arguments), dict(constants)))
+    _pending.append(_threads().submit(_load, kernel, device, tuple(arguments), dict(constants)))
 
 
 def _load(kernel: Any, device: torch.device, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:

@@ -22,7 +22,17 @@ from lowering.ops.hilo import (
 from lowering.triton.act import CODE, product
 from lowering.triton.columns import floor_of
 from lowering.triton.gated import IN_EPILOGUE
-from lowering.triton.launch import MAX_BLOCK, as_rows, empty, rounded, row_block, takes_rows, traceable, wrap_triton
+from lowering.triton.launch import (
+    MAX_BLOCK,
+    as_rows,
+    empty,
+    rounded,
+    row_block,
+    takes_rows,
+    traceable,
+    wrap_triton,
+    writes,
+)
 from lowering.triton.linear import Hilo, fills_hopper, fits_w8a8, tiles_product, wgmma_product
 from lowering.triton.norm import load_hidden, normalize, row_statistics
 from lowering.triton.quantize import SIGN_BIT, encode, round_to_int, row_outputs, row_scale
@@ -120,6 +130,7 @@ def store_row(
         tl.store(zero_point + row, zero)
 
 
+@writes("codes", "scale", "zero_point", "high", "blocks")
 @triton.jit
 def _quantize_hilo_kernel(
     x, x_stride, codes, scale, zero_point, high, blocks, floor,
@@ -137,6 +148,7 @@ def _quantize_hilo_kernel(
     )  # fmt: skip
 
 
+@writes("hidden", "codes", "scale", "zero_point", "high", "blocks")
 @triton.jit
 def _norm_quantize_hilo_kernel(
     x, x_stride, residual, residual_stride, weight, bias, hidden, codes, scale, zero_point, high, blocks,
@@ -164,6 +176,7 @@ def _norm_quantize_hilo_kernel(
     )  # fmt: skip
 
 
+@writes("codes", "scale", "zero_point", "high", "blocks")
 @triton.jit
 def _act_mul_quantize_hilo_kernel(
     gate, gate_stride, up, up_stride, codes, scale, zero_point, high, blocks, floor,

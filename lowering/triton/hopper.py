@@ -143,9 +143,7 @@ def _load(
             bar = full.index(slot)
             mbarrier.wait(free.index(slot), ((step // BUFFERS) & 1) ^ 1)
             mbarrier.expect(bar, (BLOCK_M + halves * HALF) * depth * 2)
-            tma.async_copy_global_to_shared(
-                o, [m, 0], bar, a0_ring.index(slot)._reinterpret(kind, [PART, depth], wide)
-            )
+            tma.async_copy_global_to_shared(o, [m, 0], bar, a0_ring.index(slot)._reinterpret(kind, [PART, depth], wide))
             tma.async_copy_global_to_shared(
                 o, [m + PART, 0], bar, a1_ring.index(slot)._reinterpret(kind, [PART, depth], wide)
             )

@@ -56,6 +56,17 @@ def traceable(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def writes(*names: str) -> Callable[[Any], Any]:
+    """Say which pointers a kernel writes to, and save PyTorch the run of Triton's front end that finds out
+    (`int8pass.asked_once`). The tests compare."""
+
+    def mark(kernel: Any) -> Any:
+        kernel.writes = names
+        return kernel
+
+    return mark
+
+
 def wrap_triton(kernel: Any) -> Any:
     """`torch.library.wrap_triton`, except for interpreted kernels, which nothing traces.
 

@@ -33,6 +33,7 @@ from lowering.triton.launch import (
     takes_rows,
     traceable,
     wrap_triton,
+    writes,
 )
 from lowering.triton.tuning import WGMMA, Choice, Tile, chosen
 
@@ -183,6 +184,7 @@ def store_tile(out, y, first_m, first_n, rows, cols, has_row, has_col, N):
     tl.store(pointers, rounded(y, out.dtype.element_ty), mask=has_row[:, None] & has_col[None, :])
 
 
+@writes("out")
 @triton.jit
 def _linear_w8a8_kernel(
     codes, codes_stride, scale, scale_stride, zero_point, zero_point_stride,
@@ -239,6 +241,7 @@ def _linear_w8a8_kernel(
     store_tile(out, y, first_m, first_n, rows, cols, has_row, has_col, N)
 
 
+@writes("out")
 @triton.jit
 def _linear_w8a16_kernel(
     x, x_stride, weight, weight_stride, weight_scale, bias, out, M, N,
@@ -273,6 +276,7 @@ def _linear_w8a16_kernel(
     store_tile(out, y, first_m, first_n, rows, cols, has_row, has_col, N)
 
 
+@writes("out")
 @triton.jit
 def _gemv_w8a16_kernel(
     x, weight, weight_stride, weight_scale, bias, out, N,

@@ -12,10 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from lowering.ops.linear import linear_w8a8_groups
-from lowering.triton.launch import FLOATS, as_rows, empty, expected_rows, per_row, traceable, wrap_triton
+from lowering.triton.launch import FLOATS, as_rows, empty, expected_rows, per_row, traceable, wrap_triton, writes
 from lowering.triton.linear import GROUP_M, _count, _weight_rows, add_outliers, store_tile, tile_position
 
 
+@writes("out")
 @triton.jit
 def _linear_w8a8_groups_kernel(
     codes, codes_stride, scale, scale_stride, zero_point, zero_point_stride,

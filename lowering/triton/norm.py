@@ -34,7 +34,17 @@ from lowering.triton.columns import (
     static_split,
     store_gathered,
 )
-from lowering.triton.launch import MAX_BLOCK, as_rows, empty, rounded, row_block, takes_rows, traceable, wrap_triton
+from lowering.triton.launch import (
+    MAX_BLOCK,
+    as_rows,
+    empty,
+    rounded,
+    row_block,
+    takes_rows,
+    traceable,
+    wrap_triton,
+    writes,
+)
 from lowering.triton.quantize import (
     encode,
     outlier_output,
@@ -119,6 +129,7 @@ def normalize(
     )  # fmt: skip
 
 
+@writes("out")
 @triton.jit
 def _rms_norm_kernel(
     x, x_stride, weight, out, eps, offset, K: tl.constexpr, ROUND_FIRST: tl.constexpr, BLOCK: tl.constexpr
@@ -132,6 +143,7 @@ def _rms_norm_kernel(
         tl.store(out + row * K + cols, rounded(y, out.dtype.element_ty), mask=cols < K)
 
 
+@writes("hidden", "codes", "scale", "zero_point", "outliers")
 @triton.jit
 def _norm_quantize_kernel(
     x, x_stride, residual, residual_stride, weight, bias, marks, hidden, codes, scale, zero_point, outliers,
@@ -181,6 +193,7 @@ def _norm_quantize_kernel(
         store_gathered(outliers + row * R, value, taken, R, BLOCK_R)
 
 
+@writes("hidden", "bits")
 @triton.jit
 def _norm_absmax_kernel(
     x, x_stride, residual, residual_stride, weight, bias, hidden, bits, floor, eps, offset, M,

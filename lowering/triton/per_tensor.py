@@ -8,10 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from lowering.ops.quantize import dequantize_weight_groups, quantize_per_tensor
-from lowering.triton.launch import as_rows, empty, row_block, takes_rows, traceable, wrap_triton
+from lowering.triton.launch import as_rows, empty, row_block, takes_rows, traceable, wrap_triton, writes
 from lowering.triton.quantize import row_extent, row_outputs, row_scale
 
 
+@writes("extent")
 @triton.jit
 def _extent_kernel(x, x_stride, extent, M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr):
     """Bits of (max(x, 0), max(-x, 0)) over the tensor, joined by integer atomics: exact in any order, NaN wins."""
@@ -30,6 +31,7 @@ def _extent_kernel(x, x_stride, extent, M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl
     tl.atomic_max(extent + 1, low, sem="relaxed")
 
 
+@writes("codes", "scale", "zero_point")
 @triton.jit
 def _quantize_kernel(
     x, x_stride, extent, codes, scale, zero_point, K: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr

@@ -41,7 +41,7 @@ from lowering.triton.columns import (
     static_split,
     store_gathered,
 )
-from lowering.triton.launch import Rows, as_rows, empty, row_block, takes_rows, traceable, wrap_triton
+from lowering.triton.launch import Rows, as_rows, empty, row_block, takes_rows, traceable, wrap_triton, writes
 
 # Adding 1.5 * 2^23 leaves the rounded (half to even) value in the low mantissa bits, for |v| < 2^22.
 ROUND_MAGIC = tl.constexpr(12582912.0)
@@ -90,6 +90,7 @@ def encode(y, inverse, zero_point, SYMMETRIC: tl.constexpr):
     return codes.to(tl.int8)
 
 
+@writes("codes", "scale", "zero_point", "outliers")
 @triton.jit
 def _quantize_rows_kernel(
     x, x_stride, marks, codes, scale, zero_point, outliers,
@@ -122,6 +123,7 @@ def _quantize_rows_kernel(
         store_gathered(outliers + row * R, value, taken, R, BLOCK_R)
 
 
+@writes("bits")
 @triton.jit
 def _column_absmax_kernel(
     x, x_stride, bits, floor, M,
