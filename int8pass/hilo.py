@@ -1,9 +1,9 @@
-"""On GPUs, columns above a threshold become blocks of outliers, row by row: what runs there of LLM.int8().
+"""On GPUs, columns found in every call become blocks of outliers, row by row: what runs there of LLM.int8().
 
-Requires: fused ops. Ensures: every `…_dynamic` op with a threshold whose result is read by int8 linears alone is a
-`…_hilo` one (`lowering.ops.hilo`), its linears with it. Columns take a search over the whole input and a gather of
-weights, which on one H100 added up to a half to the time of a step; a block needs neither, never finds its place taken,
-and is chosen for its own row.
+Requires: fused ops. Ensures: every `…_dynamic` op whose result is read by int8 linears alone is a `…_hilo` one
+(`lowering.ops.hilo`), its linears with it. Columns take a search over the whole input and a gather of weights, which on
+one H100 added up to a half to the time of a step, and as much as the step itself where the largest were wanted, however
+small; a block needs neither, never finds its place taken, and is chosen for its own row.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ DEVICES = frozenset({"cuda"})
 """Where it is done. On a CPU a second plane is a second product, and columns are cheap to find."""
 
 THRESHOLD = 6.0
+"""Beyond it a block has outliers where the columns were the largest of a call, whatever their size: as in LLM.int8()
+(arXiv 2208.07339, section 3.2). Blocks that stand apart have some at any size."""
 
 _QUANTIZE = {
     "split_quantize_dynamic": hilo.quantize_hilo,
@@ -66,7 +68,7 @@ def _convertible(program: Program, devices: Collection[str]) -> list[fx.Node]:
 
 
 def _takes(node: fx.Node, devices: Collection[str]) -> bool:
-    """A threshold, on a device where it pays, of rows that fit."""
+    """On a device where it pays, of rows that fit."""
     element = _elements(node).get(0)
     codes = None if element is None else element.meta["val"]
     if not isinstance(codes, Tensor) or codes.device.type not in devices:

@@ -42,8 +42,8 @@ class Scheme:
     """32 to 256, for `weights="group"`."""
     outliers: Literal["none", "largest", "threshold", "static"] = "largest"
     """Columns that stay in float: none; the largest of every call; those above `threshold` in every call (LLM.int8(),
-    arXiv 2208.07339; on a GPU blocks of them in codes of 16 bits, row by row: `int8pass.hilo`); or the columns that
-    calibration chose (with their weights in the original dtype)."""
+    arXiv 2208.07339); or the columns that calibration chose (with their weights in the original dtype). On a GPU,
+    "largest" and "threshold" keep blocks of outliers in codes of 16 bits, row by row (`int8pass.hilo`)."""
     threshold: float = 6.0
     """Absolute activation above which a column is an outlier, for `outliers="threshold"`."""
     capacity: int | None = None

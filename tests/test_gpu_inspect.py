@@ -56,6 +56,7 @@ def test_every_triton_kernel_belongs_to_its_site(preset: str) -> None:
         mine = [row for row in report.runtime if row.site == site.name]
         linears = [row for row in mine if row.implementation == site.implementations[0]]
         assert site.implementations[0].startswith("triton"), site.implementations
+        assert ("outlier blocks" in site.scheme) == (preset in {"default", "llm.int8"}), site.scheme
         assert linears, f"no kernel of the linear of {site.name} was seen: {report.runtime}"
         assert site.shape[0] * site.shape[1] < max(row.bytes for row in linears) <= site.bytes[1]
         for row in mine:

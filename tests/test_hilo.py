@@ -64,9 +64,10 @@ def names(model: nn.Module, x: Tensor) -> list[str]:
 
 
 @pytest.mark.usefixtures("everywhere")
-def test_every_site_is_rewritten() -> None:
+@pytest.mark.parametrize("preset", ["llm.int8", "default"])
+def test_every_site_is_rewritten(preset: str) -> None:
     model, x = block()
-    found = run_pass(model, x, "llm.int8").ops
+    found = run_pass(model, x, preset).ops
     assert found["quantize_hilo"] == 1
     assert found["norm_quantize_hilo"] == 1
     assert found["add_norm_quantize_hilo"] == 1
@@ -74,6 +75,13 @@ def test_every_site_is_rewritten() -> None:
     assert found["act_mul_quantize_hilo"] == 1
     assert found["linear_w8a8_hilo"] == 5
     assert not any(found[name] for name in (*DYNAMIC, "linear_w8a8"))
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_the_inspection_says_so() -> None:
+    model, x = block()
+    report = int8pass.inspect(model, x, recipe="default", data=[x], schemes=False, sensitivity=False)
+    assert {(site.scheme, site.columns) for site in report.sites} == {("w8a8 affine, outlier blocks", 0)}
 
 
 def test_on_a_cpu_columns_stay() -> None:
@@ -110,8 +118,8 @@ def test_no_capacity_is_exceeded() -> None:
 
 
 @pytest.mark.usefixtures("everywhere")
-@pytest.mark.parametrize("scheme", ["default", "w8a8", "w8a8-asymmetric"])
-def test_without_a_threshold_nothing_changes(scheme: str) -> None:
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-asymmetric"])
+def test_without_columns_nothing_changes(scheme: str) -> None:
     assert not any(name.endswith("hilo") for name in run_pass(*block(), scheme).ops)
 
 

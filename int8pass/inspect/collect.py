@@ -154,9 +154,10 @@ class Collector:
         made = graph.facts.smoothing
         smoothing = how_smoothed(settings, made.reasons.get(site.name, ""), site.name in made.vectors)
         linears = tuple(reader.path for reader in site.readers)
+        blocks = graph.lowered.has_blocks(site)
         return SiteRow(
             site.name, site.producer, linears, (sum(r.shape[0] for r in site.readers), site.width),
-            describe_scheme(scheme), columns, smoothing, graph.lowered.implementations(site),
+            describe_scheme(scheme, blocks), 0 if blocks else columns, smoothing, graph.lowered.implementations(site),
             source=Refusal(site.name, "", site.readers[0].node).source,
             alpha=alpha_of(settings, scheme) if smoothing in ("folded", "multiply") else None,
             smoothed_channels=0 if numbers.smoothing is None else int((numbers.smoothing != 1).sum()),

@@ -5,14 +5,15 @@ from __future__ import annotations
 from int8pass.recipe import PRESETS, Recipe, Scheme, SiteSettings
 
 
-def describe_scheme(scheme: Scheme) -> str:
-    """One or two words per choice: `w8a8 affine, largest columns`."""
+def describe_scheme(scheme: Scheme, blocks: bool = False) -> str:
+    """One or two words per choice: `w8a8 affine, largest columns`; with `blocks` those are in place of columns that every
+    call chooses (`int8pass.hilo`)."""
     weights = {"group": f", groups of {scheme.group_size}", "per_tensor": ", one weight scale"}.get(scheme.weights, "")
     weights += ", gptq" if scheme.rounding == "gptq" else ""
     if scheme.activations == "none":
         return f"w8a16{weights}{', static columns' if scheme.outliers == 'static' else ''}"
     columns = {"none": "", "largest": ", largest columns", "static": ", static columns"}
-    outliers = columns.get(scheme.outliers, f", columns > {scheme.threshold:g}")
+    outliers = ", outlier blocks" if blocks else columns.get(scheme.outliers, f", columns > {scheme.threshold:g}")
     ranges = {"per_tensor": ", per tensor", "static": ", static range"}.get(scheme.activations, "")
     return f"w8a8 {'symmetric' if scheme.symmetric else 'affine'}{ranges}{weights}{outliers}"
 

@@ -47,6 +47,10 @@ class Lowered:
         }
         return tuple(sorted(names))
 
+    def has_blocks(self, site: Site) -> bool:
+        """Whether the products of a site read blocks of outliers (`int8pass.hilo`)."""
+        return any(self.ops[n.name].endswith("_hilo") for n in self.nodes_of(site) if n.name in self.ops)
+
     def bytes_of(self, site: Site) -> int:
         """Of all constants that only the site's products read: codes, scales, sums, float columns."""
         nodes = [

@@ -35,7 +35,7 @@ from lowering.triton.launch import (
 )
 from lowering.triton.linear import Hilo, fills_hopper, fits_w8a8, tiles_product, wgmma_product
 from lowering.triton.norm import load_hidden, normalize, row_statistics
-from lowering.triton.quantize import SIGN_BIT, encode, round_to_int, row_outputs, row_scale
+from lowering.triton.quantize import encode, round_to_int, row_outputs, row_scale
 
 REACH = tl.constexpr(float(numerics.HILO_REACH))
 
@@ -79,13 +79,16 @@ def row_codes(
     """What a row, fp32 with zeros beyond `K`, is quantized by: scale, its inverse, zero point, blocks with outliers."""
     # Extents (`row_extent`) block by block: those of the inliers and those of all follow from them.
     COUNT: tl.constexpr = 1 if BLOCK <= WIDTH else BLOCK // WIDTH
-    bits = tl.reshape(y.to(tl.int32, bitcast=True), [COUNT, BLOCK // COUNT])
+    PER: tl.constexpr = BLOCK // COUNT
+    VECTOR: tl.constexpr = 16 if PER > 16 else PER
+    bits = tl.reshape(y.to(tl.int32, bitcast=True), [COUNT, PER // VECTOR, VECTOR])
     if SYMMETRIC:
-        up = tl.max(bits & 0x7FFFFFFF, 1)
+        up = tl.max(tl.max(bits & 0x7FFFFFFF, 2), 1)
         down = tl.zeros_like(up)
-    else:  # signed comparison: the bits of a negative float are a negative int
-        up = tl.maximum(tl.max(bits, 1), 0)
-        down = tl.maximum(tl.max(bits ^ SIGN_BIT, 1), 0)
+    else:  # as signed numbers, bits of negative floats are below those of others; as unsigned ones, above
+        up = tl.maximum(tl.max(tl.max(bits, 2), 1), 0)
+        least = tl.max(tl.max(bits.to(tl.uint32, bitcast=True), 2), 1).to(tl.int32, bitcast=True)
+        down = tl.where(least < 0, least & 0x7FFFFFFF, 0)
     # To every warp, in one exchange.
     both = ((up.to(tl.int64) << 32) | down.to(tl.int64))[None, :]
     ups = (both >> 32).to(tl.int32)
@@ -113,12 +116,13 @@ def store_row(
     codes += row * K
     high += row * K
     if used != 0:
-        code = round_to_int(y * inverse)
+        COUNT: tl.constexpr = 1 if BLOCK <= WIDTH else BLOCK // WIDTH
+        wide = ((used >> tl.arange(0, COUNT)) & 1 != 0)[:, None]  # bounds once per block, not once per value
+        code = round_to_int(tl.reshape(y, [COUNT, BLOCK // COUNT]) * inverse)
         if not SYMMETRIC:
             code += zero
-        wide = (used >> (cols // WIDTH)) & 1 != 0
-        inside = tl.minimum(tl.maximum(code, -128), 127)
-        code = tl.where(wide, tl.minimum(tl.maximum(code, -32768), 32639), inside)
+        code = tl.minimum(tl.maximum(code, tl.where(wide, -32768, -128)), tl.where(wide, 32639, 127))
+        code = tl.reshape(code, [BLOCK])
         tl.store(codes + cols, code.to(tl.int8), mask=cols < K)  # the low byte
         tl.store(high + cols, ((code + 128) >> 8).to(tl.int8), mask=cols < K)
     else:  # which most rows are, and which takes half the instructions
