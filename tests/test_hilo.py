@@ -80,7 +80,7 @@ def test_every_site_is_rewritten(preset: str) -> None:
 @pytest.mark.usefixtures("everywhere")
 def test_the_inspection_says_so() -> None:
     model, x = block()
-    report = int8pass.inspect(model, x, recipe="default", data=[x], schemes=False, sensitivity=False)
+    report = int8pass.inspect(model, x, recipe="default")
     assert {(site.scheme, site.columns) for site in report.sites} == {("w8a8 affine, outlier blocks", 0)}
 
 
