@@ -6,8 +6,8 @@ from int8pass.recipe import PRESETS, Recipe, Scheme, SiteSettings
 
 
 def describe_scheme(scheme: Scheme, blocks: bool = False) -> str:
-    """One or two words per choice: `w8a8 affine, largest columns`; `blocks`: of outliers, in place of columns that every
-    call chooses (`int8pass.hilo`)."""
+    """One or two words per choice: `w8a8 affine, largest columns`; `blocks`: of outliers, in place of columns that
+    every call chooses (`int8pass.hilo`)."""
     weights = {"group": f", groups of {scheme.group_size}", "per_tensor": ", one weight scale"}.get(scheme.weights, "")
     weights += ", gptq" if scheme.rounding == "gptq" else ""
     if scheme.activations == "none":
