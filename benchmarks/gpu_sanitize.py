@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu_sanitize                   # compiles the kernels, which is slow under the sanitizer
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-    compute-sanitizer --tool memcheck --error-exitcode 9 python -m benchmarks.gpu_sanitize [--part 1/4]
+    compute-sanitizer --tool memcheck --error-exitcode 9 python -m benchmarks.gpu_sanitize [--part 1/4] [--only wgmma]
 
 Without caching every tensor is an allocation of its own, so that an access beyond it is seen. Samples of odd sizes, and
 for the persistent kernel one that fills it and is ragged in every dimension.
@@ -53,8 +53,11 @@ def main() -> int:
     """Run them; returns how many gave a wrong result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", default="1/1", help="k/n: every n-th run from the k-th on, to share them out")
-    first, parts = (int(number) for number in parser.parse_args().part.split("/"))
-    wrong, begin, chosen = 0, time.perf_counter(), runs()[first - 1 :: parts]
+    parser.add_argument("--only", default="", help="parts of names of implementations, by commas (default: all)")
+    given = parser.parse_args()
+    first, parts = (int(number) for number in given.part.split("/"))
+    wanted = [r for r in runs() if any(name in f"{r[0].name} {r[1].name}" for name in given.only.split(","))]
+    wrong, begin, chosen = 0, time.perf_counter(), wanted[first - 1 :: parts]
     for count, (op, implementation, label, args) in enumerate(chosen, 1):
         try:
             kernel_checks.verify(op, args, implementation.function(*args))

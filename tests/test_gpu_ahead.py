@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
+from concurrent.futures import Future
+from pathlib import Path
+
 import pytest
 import torch
+import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowering.triton import ahead
@@ -36,6 +41,49 @@ def test_what_fails_is_left_to_the_launch(monkeypatch: pytest.MonkeyPatch) -> No
         ahead.compile("kernel of this test", torch.device("cuda"), [1, None], {"BLOCK": 8})
     ahead.wait()
     assert len(tried) == 1
+
+
+class Worker:
+    """Does at once what it is given, as another process would: by pickle. Or fails."""
+
+    def __init__(self, fails: bool) -> None:
+        self.fails, self.tasks = fails, 0
+
+    def submit(self, *call: object) -> Future[None]:
+        self.tasks += 1
+        future: Future[None] = Future()
+        if self.fails:
+            future.set_exception(RuntimeError("the worker is gone"))
+        else:
+            task, *arguments = pickle.loads(pickle.dumps(call))
+            future.set_result(task(*arguments))
+        return future
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_worker_compiles_and_the_thread_finds_it(
+    fails: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if triton.knobs.runtime.interpret:
+        pytest.skip("interpreted kernels are not compiled")
+    from sm90 import SM90
+    from triton.compiler import ASTSource
+
+    from lowering.triton.norm import _rms_norm_kernel
+
+    names = {"x": "*fp32", "x_stride": "i32", "weight": "*fp32", "out": "*fp32", "eps": "fp32", "offset": "fp32"}
+    constants = {"K": 64, "ROUND_FIRST": False, "BLOCK": 64}
+    source = ASTSource(_rms_norm_kernel, names | dict.fromkeys(constants, "constexpr"), constants, {})
+    worker, parsed = Worker(fails), []
+    make = ASTSource.make_ir
+    monkeypatch.setattr(ASTSource, "make_ir", lambda *a: parsed.append(a) or make(*a))
+    monkeypatch.setattr(ahead, "_workers", lambda: worker)
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(tmp_path)
+        compiled = ahead._compile_by_worker(source, SM90, {"num_warps": 1})
+    assert "st.global" in compiled.asm["ptx"]
+    assert worker.tasks == 1
+    assert len(parsed) == 1, "compiled twice"
 
 
 @pytest.mark.gpu

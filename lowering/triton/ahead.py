@@ -4,18 +4,20 @@ Before its first kernel Triton hashes all of itself and has a C compiler build i
 need nothing of the model. And there are kernels that Inductor does not compile.
 
 Inductor compiles the kernels it can see in processes of its own while it makes the rest of a graph. One that it cannot
-see would be compiled when the graph first reaches it: 0.3 to 0.8 s each, launcher included. Tracing asks for the shapes
-of its result seconds earlier, and knows all that the compiler needs.
+see would be compiled when the graph first reaches it: 0.5 to 1.3 s each, launcher included. Tracing asks for the shapes
+of its result seconds earlier, and knows all that the compiler needs: those processes get it, too.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 import triton
+from torch._inductor.async_compile import AsyncCompile
 from triton.runtime.cache import triton_key
 
 THREADS = 4
@@ -61,8 +63,40 @@ def compile(kernel: Any, device: torch.device, arguments: Sequence[Any], constan
 
 def _load(kernel: Any, device: torch.device, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
     torch.cuda.set_device(device)  # of this thread
+    kernel.device_caches[torch.cuda.current_device()]  # made now: it sets `compile`, which is to be replaced
+    kernel.compile = _compile_by_worker
     compiled = kernel.warmup(*arguments, grid=(1,), **constants)
     compiled.run  # noqa: B018  (builds the launcher and loads the code)
+
+
+def _compile_by_worker(source: Any, target: Any, options: dict[str, Any], **rest: Any) -> Any:
+    """`triton.compile`, its work done by one of Inductor's processes where these have started.
+
+    A thread that compiles takes turns with the one that traces, and most of what each does is Python. What the worker
+    leaves in Triton's cache is found there; if it fails, it is compiled here, and says why.
+    """
+    workers = _workers()
+    if workers is not None:
+        kernel = source.fn
+        form = (type(source), source.signature, source.constants, source.attrs)
+        arguments = (kernel.fn.__module__, kernel.fn.__name__, form, target, options, triton.knobs.cache.dir)
+        workers.submit(_compile_to_cache, *arguments).exception()
+    return triton.compile(source, target=target, options=options, **rest)
+
+
+def _workers() -> Any | None:
+    """Inductor's pool of processes, if it is there and may be used."""
+    return AsyncCompile.process_pool() if AsyncCompile.use_process_pool() else None
+
+
+def _compile_to_cache(
+    module: str, name: str, form: tuple[Any, ...], target: Any, options: dict[str, Any], folder: str
+) -> None:
+    """In the worker: compile a kernel of ours, for its files."""
+    kind, *parts = form
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = folder
+        triton.compile(kind(getattr(importlib.import_module(module), name), *parts), target=target, options=options)
 
 
 def _described(argument: Any) -> Any:
