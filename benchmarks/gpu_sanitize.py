@@ -1,8 +1,9 @@
-"""Every Triton implementation on a few small samples, for NVIDIA's compute-sanitizer.
+r"""Every Triton implementation on a few small samples, for NVIDIA's compute-sanitizer.
 
     python -m benchmarks.gpu_sanitize                   # compiles the kernels, which is slow under the sanitizer
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-    compute-sanitizer --tool memcheck --error-exitcode 9 python -m benchmarks.gpu_sanitize [--part 1/4] [--only wgmma]
+    compute-sanitizer --launch-timeout 120 --target-processes application-only --tool memcheck --error-exitcode 9 \
+        python -m benchmarks.gpu_sanitize [--part 1/4] [--only wgmma]
 
 Without caching every tensor is an allocation of its own, so that an access beyond it is seen. Samples of odd sizes, and
 for the persistent kernel one that fills it and is ragged in every dimension.
