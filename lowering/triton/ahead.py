@@ -41,8 +41,8 @@ def possible(device: torch.device) -> bool:
 def prepare(device: torch.device) -> None:
     """Begin what Triton does once per process, and have Inductor start its processes.
 
-    On Python 3.12 PyTorch 2.11 starts them when it has the first kernel to compile, and then compiles that and all others
-    of the graph itself, one by one: they are not ready.
+    On Python 3.12 PyTorch 2.11 starts them when it has the first kernel to compile, and then compiles that and all
+    others of the graph itself, one by one: they are not ready.
     """
     if not _prepared and possible(device):
         AsyncCompile.use_process_pool()
