@@ -14,6 +14,7 @@ is run on random numbers in fp32 before it is taken: a relative change over 1e-5
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,16 +93,17 @@ class Fold:
 
 
 class Folds:
-    """The legal fold of every site of a program. Decided on the unchanged graph, before any is applied."""
+    """The legal folds of sites of a program (`wanted`; default: all). Decided on the unchanged graph, before any is
+    applied: to check one runs what lies between, attention over a whole prompt among it."""
 
-    def __init__(self, program: Program, sites: tuple[Site, ...]) -> None:
+    def __init__(self, program: Program, sites: tuple[Site, ...], wanted: Iterable[Site] | None = None) -> None:
         self._program = program
         self._checked: dict[Any, bool] = {}
         linears = [n for n in program.graph.nodes if op_name(n) == "linear"]
         weights = [program.constants.get(n.args[1]) for n in linears]
         self._shared = {w for w in weights if w is not None and weights.count(w) > 1}
         self._quantized = {reader.node for site in sites for reader in site.readers}
-        self._found = {site.name: self._decide(site) for site in sites}
+        self._found = {site.name: self._decide(site) for site in (sites if wanted is None else wanted)}
 
     def of(self, site: Site) -> Fold:
         """The fold of a site."""

@@ -69,7 +69,7 @@ def smooth(program: Program, sites: tuple[Site, ...], recipe: Recipe) -> Smoothi
     wanted = [site for site in sites if _wants(site, recipe)]
     if not wanted:
         return Smoothing({}, {})
-    folds = Folds(program, sites)
+    folds = Folds(program, sites, wanted)
     vectors: dict[str, Constant] = {}
     reasons: dict[str, str] = {}
     for site in wanted:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from architectures import ARCHITECTURES, build, main_output
-from harness import call, compile_and_call, executable, relative_error
+from harness import call, compile_and_call, executable, relative_error, run_pass
 from torch import Tensor, fx, nn
 
+from int8pass import folds
 from int8pass.capture import from_dynamo
 from int8pass.folds import Folds
 from int8pass.graph import channels
 from int8pass.graph.constants import Store
+from int8pass.graph.pattern import op_name
 from int8pass.match import match
 from int8pass.normalize import normalize
 from int8pass.recipe import Recipe, Scheme, SiteSettings
@@ -195,12 +197,29 @@ def test_heads_of_a_group_share_their_scale() -> None:
         program = from_dynamo(gm, example)
         normalize(program)
         sites = match(program, Recipe()).sites
-        folds = Folds(program, sites)
-        maps.update({s.name: f.channels.channels for s in sites if (f := folds.of(s)).channels is not None})
+        legal = Folds(program, sites)
+        maps.update({s.name: f.channels.channels for s in sites if (f := legal.of(s)).channels is not None})
         return gm.forward
 
     compile_and_call(Attention(), torch.randn(2, 5, 32), backend)
     assert maps == {"o": tuple(head // 2 * 8 + d for head in range(4) for d in range(8))}
+
+
+def test_only_folds_that_are_wanted_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without data norms alone are smoothed; what makes the input of `down` would be checked by running the gate."""
+    checked: list[str] = []
+
+    def check(found: channels.ChannelMap, source: fx.Node) -> bool:
+        checked.append(op_name(found.producer))
+        return True
+
+    monkeypatch.setattr(folds, "carries_scale", check)
+    model = nn.Sequential(OrderedDict(norm=nn.RMSNorm(32), mlp=Gated(nn.functional.silu))).requires_grad_(False)
+    x = torch.randn(2, 5, 32)
+    run_pass(model, x, "default")
+    assert checked == ["rms_norm"]
+    smoothed(model, x)
+    assert checked == ["rms_norm", "rms_norm", "linear"]
 
 
 def test_a_wrong_map_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

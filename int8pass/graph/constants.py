@@ -108,7 +108,9 @@ class Constants:
         """Register under a fresh attribute name; adding an equal constant again returns the name it has."""
         if constant in self._by_constant:
             return self._by_constant[constant]
-        stem = "".join(c if c.isalnum() else "_" for c in constant.label) or "constant"
+        stem = "".join(c if f"_{c}".isidentifier() else "_" for c in constant.label) or "constant"
+        if not stem.isidentifier():  # parts of an nn.Sequential have numbers for names
+            stem = f"constant_{stem}"
         name = f"{stem}_{len(self._names)}"
         self._names[name], self._by_constant[constant] = constant, name
         # A plain attribute while stages run: `graph.lint` wants it, nothing reads its data.
