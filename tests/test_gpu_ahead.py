@@ -44,26 +44,26 @@ def test_what_fails_is_left_to_the_launch(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 class Worker:
-    """Does at once what it is given, as another process would: by pickle. Or fails."""
+    """Does at once what it is given, as another process would: by pickle. Or fails, or is not there, or never ends."""
 
-    def __init__(self, fails: bool) -> None:
-        self.fails, self.tasks = fails, 0
+    def __init__(self, fate: str) -> None:
+        self.fate, self.tasks = fate, 0
 
     def submit(self, *call: object) -> Future[None]:
         self.tasks += 1
         future: Future[None] = Future()
-        if self.fails:
+        if self.fate == "closed":
+            raise RuntimeError("the pool is closed")
+        if self.fate == "fails":
             future.set_exception(RuntimeError("the worker is gone"))
-        else:
+        elif self.fate == "works":
             task, *arguments = pickle.loads(pickle.dumps(call))
             future.set_result(task(*arguments))
         return future
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_worker_compiles_and_the_thread_finds_it(
-    fails: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("fate", ["works", "fails", "closed", "hangs"])
+def test_a_worker_compiles_and_the_thread_finds_it(fate: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if triton.knobs.runtime.interpret:
         pytest.skip("interpreted kernels are not compiled")
     from sm90 import SM90
@@ -74,10 +74,11 @@ def test_a_worker_compiles_and_the_thread_finds_it(
     names = {"x": "*fp32", "x_stride": "i32", "weight": "*fp32", "out": "*fp32", "eps": "fp32", "offset": "fp32"}
     constants = {"K": 64, "ROUND_FIRST": False, "BLOCK": 64}
     source = ASTSource(_rms_norm_kernel, names | dict.fromkeys(constants, "constexpr"), constants, {})
-    worker, parsed = Worker(fails), []
+    worker, parsed = Worker(fate), []
     make = ASTSource.make_ir
     monkeypatch.setattr(ASTSource, "make_ir", lambda *a: parsed.append(a) or make(*a))
     monkeypatch.setattr(ahead, "_workers", lambda: worker)
+    monkeypatch.setattr(ahead, "PATIENCE", 0.1)
     with triton.knobs.cache.scope():
         triton.knobs.cache.dir = str(tmp_path)
         compiled = ahead._compile_by_worker(source, SM90, {"num_warps": 1})

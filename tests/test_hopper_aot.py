@@ -82,12 +82,8 @@ def test_asynchronous_wgmma(k: int, r: int, code_columns: bool, affine: bool, ac
     if act >= 0 and not wide:
         pytest.skip("the gate product takes both halves")
     code = compiled(k, r, code_columns, affine, act, wide, hilo)
-    # A thread that multiplies has 240 registers, 128 of them for sums. Where a tile's epilogue takes more (outliers,
-    # zero points, and both halves at once), some wait in memory.
-    if r or hilo:
-        assert code.stack <= (320 if act >= 0 else 32), "spills"
-    else:
-        assert code.stack == 0, "spills"
+    # A thread that multiplies has 240 registers, 128 of them for sums.
+    assert code.stack == 0, "spills"
     assert code.shared <= 227 * 1024
     assert "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8" in code.ptx
     # Products stay under way while the next step is prepared; Triton's own int8 loop waits for all.

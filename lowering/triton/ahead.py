@@ -10,6 +10,7 @@ of its result seconds earlier, and knows all that the compiler needs: those proc
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,7 @@ from torch._inductor.async_compile import AsyncCompile
 from triton.runtime.cache import triton_key
 
 THREADS = 4
+PATIENCE = 60.0  # seconds that a worker may take
 _started: set[str] = set()
 _pending: list[Future[None]] = []
 _pool: ThreadPoolExecutor | None = None
@@ -85,7 +87,8 @@ def _compile_by_worker(source: Any, target: Any, options: dict[str, Any], **rest
         kernel = source.fn
         form = (type(source), source.signature, source.constants, source.attrs)
         arguments = (kernel.fn.__module__, kernel.fn.__name__, form, target, options, triton.knobs.cache.dir)
-        workers.submit(_compile_to_cache, *arguments).exception()
+        with contextlib.suppress(Exception):  # a pool that was closed, or a worker that does not answer
+            workers.submit(_compile_to_cache, *arguments).result(timeout=PATIENCE)
     return triton.compile(source, target=target, options=options, **rest)
 
 
