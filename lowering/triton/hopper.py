@@ -1,12 +1,12 @@
 """W8A8 for many rows on Hopper (sm_90): persistent, asynchronous `wgmma`, written in Gluon.
 
 Triton itself waits for every int8 `wgmma` before it issues the next one. Here one step's products run while the next
-is issued, and a ring of shared-memory buffers is filled by TMA several steps ahead, by one warp that does nothing else,
-across the border of two tiles: the loads of the next tile run under the epilogue of this one. Two groups of four warps
-multiply, 64 rows of a tile each, and wait for the ring alone: while one finishes its results, the other has the tensor
-cores. A tile is 128 rows by two halves of 128 channels. The halves lie side by side; or, for the gate and up projections
-of a gated MLP, they are the same channels of both, and the epilogue multiplies them: their product is all that reaches
-memory.
+is issued, and a ring of shared-memory buffers is filled by TMA several steps ahead, by one warp that does nothing
+else, across the border of two tiles: the loads of the next tile run under the epilogue of this one. Two groups of four
+warps multiply, 64 rows of a tile each, and wait for the ring alone: while one finishes its results, the other has the
+tensor cores. A tile is 128 rows by two halves of 128 channels. These lie side by side; or, for the gate and up
+projections of a gated MLP, they are the same channels of both, and the epilogue multiplies them: their product is all
+that reaches memory.
 
 Outlier columns are one more step of the same ring: 64 columns of bf16 are as many bytes as 128 of int8. High halves of
 codes (`lowering.ops.hilo`) come before the low ones, in steps of their own for the blocks of columns that have some.
