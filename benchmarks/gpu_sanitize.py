@@ -59,6 +59,8 @@ def main() -> int:
     first, parts = (int(number) for number in given.part.split("/"))
     wanted = [r for r in runs() if any(name in f"{r[0].name} {r[1].name}" for name in given.only.split(","))]
     wrong, begin, chosen = 0, time.perf_counter(), wanted[first - 1 :: parts]
+    if not 1 <= first <= parts or not chosen:
+        parser.error(f"--part {given.part} --only {given.only!r} leaves nothing to run")
     for count, (op, implementation, label, args) in enumerate(chosen, 1):
         try:
             kernel_checks.verify(op, args, implementation.function(*args))

@@ -62,12 +62,14 @@ def _remembering(question: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _declared(kernel: Any, given: Mapping[str, Any] | None = None, *rest: Any) -> list[str] | None:
-    """Names of the tensors `given` that a kernel says it writes; None where it says nothing."""
+    """Names of the tensors `given` that a kernel says it writes; None where it says nothing, or they are of a kind that
+    is not known."""
     kernel = _unwrapped(kernel)
     names = getattr(kernel, "writes", None)
     if names is None or given is None:
         return None
-    return [name for name in kernel.arg_names if name in names and _is_tensor(given.get(name))]
+    written = [name for name in kernel.arg_names if name in names and given.get(name) is not None]
+    return written if all(_is_tensor(given[name]) for name in written) else None
 
 
 def _key(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Hashable | None:

@@ -47,8 +47,8 @@ class Scheme:
     threshold: float = 6.0
     """Absolute activation above which a column is an outlier, for `outliers="threshold"`."""
     capacity: int | None = None
-    """Columns reserved per call, where columns are found per call. None: K/32, rounded to a multiple of 8, within 16
-    and 64."""
+    """Columns reserved per call, where columns are found per call (blocks need none). None: K/32, rounded to a multiple
+    of 8, within 16 and 64."""
     smoothing: Literal["none", "outliers", "calibrated"] = "outliers"
     """Move difficulty from activations to weights (`int8pass.smooth`): not at all; the extreme channels of a norm's
     gamma, found without data; or by the exponents that calibration found for every channel of every site."""

@@ -37,8 +37,13 @@ def test_what_fails_is_left_to_the_launch(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(ahead, "_load", fail)
     monkeypatch.setattr(ahead.triton.runtime.driver, "_active", Driver())
+
+    class Kernel:
+        device_caches = (None,)
+
+    kernel = Kernel()
     for _ in range(2):
-        ahead.compile("kernel of this test", torch.device("cuda"), [1, None], {"BLOCK": 8})
+        ahead.compile(kernel, torch.device("cuda"), [1, None], {"BLOCK": 8})
     ahead.wait()
     assert len(tried) == 1
 
@@ -79,12 +84,18 @@ def test_a_worker_compiles_and_the_thread_finds_it(fate: str, monkeypatch: pytes
     monkeypatch.setattr(ASTSource, "make_ir", lambda *a: parsed.append(a) or make(*a))
     monkeypatch.setattr(ahead, "_workers", lambda: worker)
     monkeypatch.setattr(ahead, "PATIENCE", 0.1)
+    monkeypatch.setattr(ahead, "_workers_answer", True)
+    monkeypatch.setattr(ahead._thread, "ahead", True, raising=False)
     with triton.knobs.cache.scope():
         triton.knobs.cache.dir = str(tmp_path)
         compiled = ahead._compile_by_worker(source, SM90, {"num_warps": 1})
-    assert "st.global" in compiled.asm["ptx"]
-    assert worker.tasks == 1
-    assert len(parsed) == 1, "compiled twice"
+        assert "st.global" in compiled.asm["ptx"]
+        assert worker.tasks == 1
+        assert len(parsed) == 1, "compiled twice"
+        ahead._compile_by_worker(source, SM90, {"num_warps": 1})
+        monkeypatch.setattr(ahead._thread, "ahead", False)
+        ahead._compile_by_worker(source, SM90, {"num_warps": 1})
+    assert worker.tasks == (1 if fate == "hangs" else 2), "one that hangs is asked once; none for a thread of the user"
 
 
 @pytest.mark.gpu

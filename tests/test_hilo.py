@@ -1,4 +1,4 @@
-"""Columns above a threshold become blocks of outliers: the rewrite, its numbers, and what it leaves alone."""
+"""Columns found in every call become blocks of outliers: the rewrite, its numbers, and what it leaves alone."""
 
 from __future__ import annotations
 
@@ -75,6 +75,12 @@ def test_every_site_is_rewritten(preset: str) -> None:
     assert found["act_mul_quantize_hilo"] == 1
     assert found["linear_w8a8_hilo"] == 5
     assert not any(found[name] for name in (*DYNAMIC, "linear_w8a8"))
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_the_largest_columns_are_blocks_as_of_llm_int8() -> None:
+    model, x = block()
+    assert torch.equal(run_pass(model, x, "default").output, run_pass(model, x, "llm.int8").output)
 
 
 @pytest.mark.usefixtures("everywhere")

@@ -91,7 +91,7 @@ def test_asynchronous_wgmma(k: int, r: int, code_columns: bool, affine: bool, ac
     assert ("bf16.bf16" in code.ptx) == (r > 0)
     # A buffer is free once all warps have waited for its products: one thread says so, after a barrier.
     waits = [m.end() for m in re.finditer(r"wgmma\.wait_group\.sync\.aligned", code.ptx)]
-    for wait in waits[:2]:
+    for wait in waits:
         between = code.ptx[wait : code.ptx.index("mbarrier.arrive.shared", wait)]
         assert "bar.sync" in between
     assert "setmaxnreg.dec.sync.aligned.u32" in code.ptx, "one warp loads, the others multiply"

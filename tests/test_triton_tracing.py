@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -155,7 +156,7 @@ def traced_layers(layers: int, widths: tuple[int, ...] = (256,)) -> list[list[st
 def test_the_same_kernel_is_analysed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._higher_order_ops import triton_kernel_wrap
 
-    from int8pass.asked_once import QUESTIONS, asked_once
+    from int8pass.asked_once import MUTATED, QUESTIONS, asked_once
 
     runs = []
     original = triton_kernel_wrap.generate_ttir
@@ -172,10 +173,36 @@ def test_the_same_kernel_is_analysed_once(monkeypatch: pytest.MonkeyPatch) -> No
     runs.clear()
     with asked_once():
         assert traced_layers(3, (256, 512)) == expected
-        assert len(runs) == 2, "one for either width"
+        # One for either width; none where PyTorch asks no more than our kernels say.
+        assert len(runs) == (0 if hasattr(triton_kernel_wrap, MUTATED) else 2)
         with pytest.raises(ZeroDivisionError), asked_once():
             raise ZeroDivisionError
     assert [getattr(triton_kernel_wrap, name, None) for _, name in QUESTIONS[:2]] == before
+
+
+def test_a_kernel_that_says_what_it_writes_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._higher_order_ops import triton_kernel_wrap
+
+    from int8pass.asked_once import MUTATED, asked_once
+
+    asked = []
+
+    def identify_mutated_tensors(kernel: Any, kwargs: Any, metadata: Any) -> list[str]:
+        asked.append(kernel)
+        return ["x"]
+
+    monkeypatch.setattr(triton_kernel_wrap, MUTATED, identify_mutated_tensors, raising=False)
+    kernel = SimpleNamespace(arg_names=["x", "out", "scale", "n"], writes=("out", "scale"))
+    tuned = SimpleNamespace(fn=kernel, configs=[])
+    x = torch.ones(2)
+    with asked_once():
+        for form in (kernel, tuned):
+            assert getattr(triton_kernel_wrap, MUTATED)(form, {"x": x, "out": x, "scale": None, "n": 3}, {}) == ["out"]
+        assert not asked
+        assert getattr(triton_kernel_wrap, MUTATED)(kernel, {"x": x, "out": object()}, {}) == ["x"], "an unknown kind"
+        silent = SimpleNamespace(arg_names=["x", "out"])
+        assert getattr(triton_kernel_wrap, MUTATED)(silent, {"x": x, "out": x}, {}) == ["x"]
+    assert asked == [kernel, silent]
 
 
 def test_what_differs_is_asked_again() -> None:

@@ -167,13 +167,14 @@ class Collector:
             bytes=(timing.weight_bytes(site), graph.lowered.bytes_of(site)),
             seconds=graph.seconds.get(site.name), tokens=numbers.tokens, channels=numbers.channels(),
             histogram=numbers.histograms.facts(), curve=numbers.curve, graph=graph.index,
-            fixes=self._fixes(site.name),
+            fixes=self._fixes(site.name, blocks),
         )  # fmt: skip
 
-    def _fixes(self, site: str) -> tuple[tuple[str, float, str], ...]:
+    def _fixes(self, site: str, blocks: bool) -> tuple[tuple[str, float, str], ...]:
         settings, found = self.recipe.at(site), self.numbers.get(site, SiteNumbers()).local
         assert settings.scheme is not None
-        measured = ((name, found[name].sqnr) for name in FIXES if name in found)
+        # More columns change nothing where blocks have taken their place.
+        measured = ((n, found[n].sqnr) for n in (FIXES[1:] if blocks else FIXES) if n in found)
         return tuple((name, sqnr, fix_code(name, settings.scheme, settings)) for name, sqnr in measured if sqnr)
 
     def _settings(self) -> dict[str, str]:

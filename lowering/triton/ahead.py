@@ -10,8 +10,9 @@ of its result seconds earlier, and knows all that the compiler needs: those proc
 
 from __future__ import annotations
 
-import contextlib
 import importlib
+import logging
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -21,12 +22,15 @@ import triton
 from torch._inductor.async_compile import AsyncCompile
 from triton.runtime.cache import triton_key
 
+log = logging.getLogger(__name__)
 THREADS = 4
 PATIENCE = 60.0  # seconds that a worker may take
 _started: set[str] = set()
 _pending: list[Future[None]] = []
 _pool: ThreadPoolExecutor | None = None
 _prepared: list[Future[Any]] = []
+_thread = threading.local()  # `ahead`: this thread is one of ours
+_workers_answer = True
 
 
 def _threads() -> ThreadPoolExecutor:
@@ -47,7 +51,10 @@ def prepare(device: torch.device) -> None:
     others of the graph itself, one by one: they are not ready.
     """
     if not _prepared and possible(device):
-        AsyncCompile.use_process_pool()
+        try:
+            AsyncCompile.use_process_pool()
+        except Exception:
+            log.info("Inductor's processes cannot be started; kernels are compiled in this one", exc_info=True)
         _prepared.extend(_threads().submit(task) for task in (triton_key, lambda: triton.runtime.driver.active))
 
 
@@ -63,32 +70,39 @@ def compile(kernel: Any, device: torch.device, arguments: Sequence[Any], constan
     if signature in _started:
         return
     prepared()
-    triton.runtime.driver.active.get_current_device()  # makes Triton's driver here, and not in several threads
+    # Triton's driver and what it keeps per device are made here, and not in several threads; the latter sets `compile`.
+    kernel.device_caches[triton.runtime.driver.active.get_current_device() if device.index is None else device.index]
+    kernel.compile = _compile_by_worker
     _started.add(signature)
     _pending.append(_threads().submit(_load, kernel, device, tuple(arguments), dict(constants)))
 
 
 def _load(kernel: Any, device: torch.device, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
     torch.cuda.set_device(device)  # of this thread
-    kernel.device_caches[torch.cuda.current_device()]  # made now: it sets `compile`, which is to be replaced
-    kernel.compile = _compile_by_worker
+    _thread.ahead = True
     compiled = kernel.warmup(*arguments, grid=(1,), **constants)
     compiled.run  # noqa: B018  (builds the launcher and loads the code)
 
 
 def _compile_by_worker(source: Any, target: Any, options: dict[str, Any], **rest: Any) -> Any:
-    """`triton.compile`, its work done by one of Inductor's processes where these have started.
+    """`triton.compile`, in threads of ours done by one of Inductor's processes where these have started.
 
     A thread that compiles takes turns with the one that traces, and most of what each does is Python. What the worker
-    leaves in Triton's cache is found there; if it fails, it is compiled here, and says why.
+    leaves in Triton's cache is found there; if it fails, it is compiled here, and says why. Where one did not answer,
+    none is asked again.
     """
-    workers = _workers()
+    global _workers_answer
+    workers = _workers() if getattr(_thread, "ahead", False) and _workers_answer else None
     if workers is not None:
         kernel = source.fn
         form = (type(source), source.signature, source.constants, source.attrs)
         arguments = (kernel.fn.__module__, kernel.fn.__name__, form, target, options, triton.knobs.cache.dir)
-        with contextlib.suppress(Exception):  # a pool that was closed, or a worker that does not answer
+        try:
             workers.submit(_compile_to_cache, *arguments).result(timeout=PATIENCE)
+        except TimeoutError:
+            _workers_answer = False
+        except Exception:  # a pool that was closed, an error of the compiler
+            log.info("a worker could not compile %s", kernel.fn.__name__, exc_info=True)
     return triton.compile(source, target=target, options=options, **rest)
 
 
