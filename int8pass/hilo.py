@@ -73,8 +73,8 @@ def _takes(node: fx.Node, devices: Collection[str]) -> bool:
     codes = None if element is None else element.meta["val"]
     if not isinstance(codes, Tensor) or codes.device.type not in devices:
         return False
-    threshold, width = node.args[-2], codes.shape[-1]
-    return isinstance(threshold, float) and isinstance(width, int) and width <= hilo.MAX_K
+    width = codes.shape[-1]
+    return isinstance(width, int) and width <= hilo.MAX_K
 
 
 def _shift(node: fx.Node) -> int:

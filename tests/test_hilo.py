@@ -64,8 +64,8 @@ def names(model: nn.Module, x: Tensor) -> list[str]:
 
 
 @pytest.mark.usefixtures("everywhere")
-@pytest.mark.parametrize("preset", ["llm.int8", "default"])
-def test_every_site_is_rewritten(preset: str) -> None:
+@pytest.mark.parametrize("preset", ["llm.int8", "default", Recipe.preset("llm.int8").override(threshold=6)])
+def test_every_site_is_rewritten(preset: str | Recipe) -> None:
     model, x = block()
     found = run_pass(model, x, preset).ops
     assert found["quantize_hilo"] == 1
