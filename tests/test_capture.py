@@ -83,4 +83,6 @@ def test_parts_with_numbers_for_names() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.RMSNorm(32), nn.Linear(32, 16)).requires_grad_(False)
     x = torch.randn(4, 32)
-    assert relative_error(run_pass(model, x, "w8a8").output, model(x)) < 0.02
+    result = run_pass(model, x, "w8a8")
+    assert result.ops["linear_w8a8"] == 1
+    assert relative_error(result.output, model(x)) < 0.02

@@ -80,7 +80,10 @@ def test_every_site_is_rewritten(preset: str | Recipe) -> None:
 @pytest.mark.usefixtures("everywhere")
 def test_the_largest_columns_are_blocks_as_of_llm_int8() -> None:
     model, x = block()
-    assert torch.equal(run_pass(model, x, "default").output, run_pass(model, x, "llm.int8").output)
+    largest, above = run_pass(model, x, "default"), run_pass(model, x, "llm.int8")
+    assert largest.ops == above.ops
+    assert largest.ops["linear_w8a8_hilo"] == 5
+    assert torch.equal(largest.output, above.output)
 
 
 @pytest.mark.usefixtures("everywhere")

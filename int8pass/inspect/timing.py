@@ -49,7 +49,7 @@ class Lowered:
 
     def has_blocks(self, site: Site) -> bool:
         """Whether the products of a site read blocks of outliers (`int8pass.hilo`)."""
-        return any(self.ops[n.name].endswith("_hilo") for n in self.nodes_of(site) if n.name in self.ops)
+        return any(self.ops.get(n.name, "").endswith("_hilo") for n in self.nodes_of(site))
 
     def bytes_of(self, site: Site) -> int:
         """Of all constants that only the site's products read: codes, scales, sums, float columns."""

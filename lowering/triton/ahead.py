@@ -53,8 +53,9 @@ def prepare(device: torch.device) -> None:
     if not _prepared and possible(device):
         try:
             AsyncCompile.use_process_pool()
-        except Exception:
-            log.info("Inductor's processes cannot be started; kernels are compiled in this one", exc_info=True)
+        except (OSError, RuntimeError, AssertionError):  # the last in a daemonic process, which may have no children
+            # No more than an early start is lost: Inductor tries again when it needs them, and says what it meets.
+            log.info("Inductor's processes cannot be started early", exc_info=True)
         _prepared.extend(_threads().submit(task) for task in (triton_key, lambda: triton.runtime.driver.active))
 
 
@@ -101,7 +102,7 @@ def _compile_by_worker(source: Any, target: Any, options: dict[str, Any], **rest
             workers.submit(_compile_to_cache, *arguments).result(timeout=PATIENCE)
         except TimeoutError:
             _workers_answer = False
-        except Exception:  # a pool that was closed, an error of the compiler
+        except Exception:  # a closed pool, any error of a compiler: what follows meets it again, and raises it
             log.info("a worker could not compile %s", kernel.fn.__name__, exc_info=True)
     return triton.compile(source, target=target, options=options, **rest)
 

@@ -40,7 +40,8 @@ from lowering.triton.launch import expected_rows, per_row
 # Renamed in Triton 3.7.
 _synchronize = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
-BLOCK_M, PART, HALF, BLOCK_K, GROUP = 128, 64, 128, 128, 8
+PART, HALF, BLOCK_K, GROUP = 64, 128, 128, 8
+BLOCK_M = 2 * PART
 # 4 stages of 48 KB and 32 KB to stage the result fill an H100's 227 KB.
 BUFFERS = 4
 NARROW_BUFFERS = 6  # of 32 KB
