@@ -25,6 +25,15 @@ def linear_samples(device: torch.device) -> Iterator[Sample]:
     x = random_tensor(40, 4500, device=device)
     x[7] = 150.0
     yield Sample("deep", linear_arguments(x, 24, torch.bfloat16, symmetric=False, threshold=6.0))
+    # Blocks of several steps each, of which the last ends with the row; the sign bit among the marks.
+    for label, k, at in [
+        ("last_block", 4160, [(3, 4150), (4, 5), (4, 4100), (0, 700)]),
+        ("sign_bit", 4096, [(2, 4000)]),
+    ]:
+        x = random_tensor(7, k, device=device)
+        for row, column in at:
+            x[row, column] = 150.0
+        yield Sample(label, linear_arguments(x, 24, torch.float32, symmetric=True, threshold=6.0))
     x = random_tensor(6, 96, device=device)
     args = linear_arguments(x, 24, torch.float32, symmetric=False, threshold=2.0)
     yield Sample("strided_rows", tuple(a[::2] if i < 5 else a for i, a in enumerate(args)))

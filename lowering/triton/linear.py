@@ -158,21 +158,29 @@ def add_high(
     acc, high, weight, weight_stride, used, rows, cols, has_row, has_col,
     K: tl.constexpr, BLOCK_K: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """`acc + 256 · high @ weightᵀ` over the blocks of `WIDTH` columns that some row uses (`lowering.ops.hilo`)."""
-    in_use = tl.reduce(used, 0, either)
-    if in_use != 0:
-        depth = tl.arange(0, BLOCK_K)
+    """`acc + 256 · high @ weightᵀ` over the blocks of `WIDTH` columns that some row uses (`lowering.ops.hilo`).
+
+    One loop over the blocks in use, without a branch in it, so that loads of several blocks are under way together.
+    """
+    left = tl.reduce(used, 0, either)
+    blocks = tl.sum((left >> tl.arange(0, 32)) & 1, 0)
+    if blocks != 0:
+        STEP: tl.constexpr = min(BLOCK_K, WIDTH)
+        STEPS: tl.constexpr = WIDTH // STEP
+        depth = tl.arange(0, STEP)
         a_pointers = high + (rows[:, None] * K + depth[None, :])
         w_pointers = weight + (cols[:, None] * weight_stride + depth[None, :])
         total = tl.zeros_like(acc)
-        for first in range(0, K, WIDTH):
-            if (in_use >> (first // WIDTH)) & 1 != 0:
-                end = tl.minimum(first + WIDTH, K)
-                for start in range(first, end, BLOCK_K):
-                    inside = depth < end - start
-                    a = tl.load(a_pointers + start, mask=has_row[:, None] & inside[None, :], other=0)
-                    w = tl.load(w_pointers + start, mask=has_col[:, None] & inside[None, :], other=0)
-                    total = tl.dot(a, w.T, total, out_dtype=tl.int32)
+        for step in range(blocks * STEPS):
+            lowest = left & -left
+            # Which bit it is, says the exponent of its float (of bit 31, which is negative, too).
+            block = ((lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
+            start = block * WIDTH + step % STEPS * STEP
+            inside = depth < K - start
+            a = load_tile(a_pointers + start, has_row, inside, False, K % WIDTH == 0)
+            w = load_tile(w_pointers + start, has_col, inside, False, K % WIDTH == 0)
+            total = tl.dot(a, w.T, total, out_dtype=tl.int32)
+            left = tl.where(step % STEPS == STEPS - 1, left ^ lowest, left)
         acc += total << 8
     return acc
 
