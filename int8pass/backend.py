@@ -46,7 +46,7 @@ def int8(
     """
     settings = Options.parse(options, mode)
     _refuse_gradients(example_inputs)
-    prepared = prepare(example_inputs)
+    within = prepare(example_inputs)
     program = from_dynamo(gm, example_inputs)
     facts = pipeline.to_portable(program, settings.recipe)
     results = _results(program)
@@ -57,9 +57,10 @@ def int8(
     constants = lift_constants(program)
     mark_placeholders(program, gm)
     release = _releaser(constants, example_inputs) if settings.free_weights else None
-    prepared()
     compiled = Compiled(program.placeholders, constants, _STORE, example_inputs, counts_overflow, release)
-    compiled.function = compile_with_inductor(program, compiled.inputs(example_inputs), dict(settings.inductor))
+    compiled.function = compile_with_inductor(
+        program, compiled.inputs(example_inputs), dict(settings.inductor), within=within
+    )
     _COMPILED.add(compiled)
     return compiled
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -83,20 +84,20 @@ def load_target(target: str) -> None:
         import lowering.cpu  # noqa: F401
 
 
-def prepare(inputs: Sequence[Any]) -> Callable[[], None]:
+def prepare(inputs: Sequence[Any]) -> Callable[[], AbstractContextManager[None]]:
     """Let the target of these inputs begin to build what it needs, beside the stages that come before lowering; returns
-    what waits for that of it which Inductor would build once more."""
+    what Inductor should work within, once it has the graph (`compile_with_inductor`)."""
     devices = {v.device.type for v in inputs if isinstance(v, Tensor)}
     if "cuda" in devices:
         from lowering.triton import ahead
 
         ahead.prepare(torch.device("cuda"))
-        return ahead.prepared
+        return ahead.beside_inductor
     if devices == {"cpu"}:
         from lowering.cpu import native
 
         native.prepare()
-    return lambda: None
+    return nullcontext
 
 
 def lift_constants(program: Program) -> list[Constant]:
@@ -251,16 +252,23 @@ def compile_with_inductor(
     inputs: Sequence[Any],
     config: dict[str, Any],
     inner_compile: Callable[..., Any] = compile_fx_inner,
+    within: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Callable[..., Any]:
     """Inductor on the lowered graph; `config` patches its configuration for this compilation only.
 
-    `inner_compile` stands where Inductor compiles what AOTAutograd made of the graph: inspection looks on there.
+    `inner_compile` stands where Inductor compiles what AOTAutograd made of the graph (inspection looks on there), which
+    it does `within` what `prepare` gave.
     """
+
+    def compile_inner(*args: Any, **named: Any) -> Any:
+        with within():
+            return inner_compile(*args, **named)
+
     program.graph.eliminate_dead_code()
     program.graph.lint()
     program.gm.recompile()
     _keep_static(program, inputs[len(program.placeholders) :])
     with torch.no_grad(), asked_once():
-        function = compile_fx(program.gm, list(inputs), inner_compile, config_patches=_SETTINGS | config)
+        function = compile_fx(program.gm, list(inputs), compile_inner, config_patches=_SETTINGS | config)
     assert callable(function)
     return function

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextvars
 import pickle
+import threading
 from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import torch
 import triton
+from torch._inductor.async_compile import AsyncCompile
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowering.triton import ahead
@@ -46,6 +49,64 @@ def test_what_fails_is_left_to_the_launch(monkeypatch: pytest.MonkeyPatch) -> No
         ahead.compile(kernel, torch.device("cuda"), [1, None], {"BLOCK": 8})
     ahead.wait()
     assert len(tried) == 1
+
+
+class Inductor:
+    """What stands for its compiler of one kernel: says where and with what it was called."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, processes: bool) -> None:
+        self.calls: list[tuple[str, ...]] = []
+
+        def compile_kernel(compiler: AsyncCompile, name: str, source: str, device_str: str = "cuda") -> str:
+            self.calls.append((name, source, device_str, threading.current_thread().name, SETTING.get()))
+            if name == "fails":
+                raise RuntimeError("no such instruction")
+            return name.upper()
+
+        monkeypatch.setattr(AsyncCompile, "triton", compile_kernel)
+        monkeypatch.setattr(AsyncCompile, "use_process_pool", classmethod(lambda cls: processes))
+        monkeypatch.setattr(ahead, "get_compile_threads", lambda: 2)
+        monkeypatch.setattr(ahead.triton.knobs.runtime, "interpret", False)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        self.original = compile_kernel
+
+
+SETTING = contextvars.ContextVar("SETTING", default="nothing")
+
+
+def test_threads_stand_in_for_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Inductor's generated code has it: a name for what each call gives, then one wait for all."""
+    inductor = Inductor(monkeypatch, processes=False)
+    SETTING.set("of the caller")
+    with ahead.beside_inductor():
+        compiler = AsyncCompile()
+        scope = {"one": compiler.triton("one", "source"), "two": compiler.triton("two", "source", device_str="cuda")}
+        assert all(isinstance(kernel, Future) for kernel in scope.values())
+        compiler.wait(scope)
+    assert scope == {"one": "ONE", "two": "TWO"}
+    assert {call[0] for call in inductor.calls} == {"one", "two"}
+    for _, source, device, thread, setting in inductor.calls:
+        assert (source, device, setting) == ("source", "cuda", "of the caller")
+        assert thread.startswith("int8pass-compile")
+    assert AsyncCompile.triton is inductor.original
+
+
+def test_processes_that_are_ready_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    inductor = Inductor(monkeypatch, processes=True)
+    with ahead.beside_inductor():
+        assert AsyncCompile().triton("one", "source", "cuda") == "ONE"
+    assert [call[3] for call in inductor.calls] == [threading.current_thread().name]
+
+
+def test_what_a_thread_meets_is_raised_where_inductor_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    inductor = Inductor(monkeypatch, processes=False)
+    with ahead.beside_inductor():
+        compiler = AsyncCompile()
+        scope = {"fails": compiler.triton("fails", "source")}
+        with pytest.raises(RuntimeError, match="no such instruction"):
+            compiler.wait(scope)
+    assert AsyncCompile.triton is inductor.original
 
 
 class Worker:

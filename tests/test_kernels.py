@@ -168,8 +168,8 @@ def opcheck_triton(op_name: str, tests: tuple[str, ...]) -> None:
     args = next(iter(op.samples(DEVICE))).args
     function = op.choose("triton", args).function
     # Others are plain functions of tensors and of operators checked here.
-    if hasattr(function, "overload"):
-        torch.library.opcheck(function.overload, args, test_utils=tests)
+    if hasattr(function, "operator"):
+        torch.library.opcheck(function.operator()._opoverload, args, test_utils=tests)
 
 
 @on_triton

@@ -6,20 +6,26 @@ need nothing of the model. And there are kernels that Inductor does not compile.
 Inductor compiles the kernels it can see in processes of its own while it makes the rest of a graph. One that it cannot
 see would be compiled when the graph first reaches it: 0.5 to 1.3 s each, launcher included. Tracing asks for the shapes
 of its result seconds earlier, and knows all that the compiler needs: those processes get it, too.
+
+In a first call these processes may not be ready when the kernels are. Inductor then compiles one after the other, each
+waiting for an assembler that is a process of its own; here threads do it.
 """
 
 from __future__ import annotations
 
+import contextvars
 import importlib
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import triton
-from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.async_compile import AsyncCompile, get_compile_threads
+from torch._inductor.codecache import CodeCacheFuture
 from triton.runtime.cache import triton_key
 
 log = logging.getLogger(__name__)
@@ -30,6 +36,7 @@ _pending: list[Future[None]] = []
 _pool: ThreadPoolExecutor | None = None
 _prepared: list[Future[Any]] = []
 _thread = threading.local()  # `ahead`: this thread is one of ours
+_one_at_a_time = threading.Lock()
 _workers_answer = True
 
 
@@ -47,16 +54,22 @@ def possible(device: torch.device) -> bool:
 def prepare(device: torch.device) -> None:
     """Begin what Triton does once per process, and have Inductor start its processes.
 
-    On Python 3.12 PyTorch 2.11 starts them when it has the first kernel to compile, and then compiles that and all
-    others of the graph itself, one by one: they are not ready.
+    On Python 3.12 PyTorch 2.11 starts them when it has the first kernel to compile, and they are not ready then.
     """
     if not _prepared and possible(device):
-        try:
-            AsyncCompile.use_process_pool()
-        except (OSError, RuntimeError, AssertionError):  # the last in a daemonic process, which may have no children
-            # No more than an early start is lost: Inductor tries again when it needs them, and says what it meets.
-            log.info("Inductor's processes cannot be started early", exc_info=True)
-        _prepared.extend(_threads().submit(task) for task in (triton_key, lambda: triton.runtime.driver.active))
+        _prepared.extend(_threads().submit(task) for task in (_start_workers, triton_key, _driver))
+
+
+def _start_workers() -> None:
+    try:
+        AsyncCompile.use_process_pool()
+    except (OSError, RuntimeError, AssertionError):  # the last in a daemonic process, which may have no children
+        # No more than an early start is lost: Inductor tries again when it needs them, and says what it meets.
+        log.info("Inductor's processes cannot be started early", exc_info=True)
+
+
+def _driver() -> Any:
+    return triton.runtime.driver.active
 
 
 def prepared() -> None:
@@ -65,21 +78,48 @@ def prepared() -> None:
         task.exception()
 
 
+@contextmanager
+def beside_inductor() -> Iterator[None]:
+    """Within it Inductor compiles Triton kernels at once in threads of ours, as long as its processes are not ready."""
+    prepared()
+    original = AsyncCompile.triton
+
+    def triton_kernel(self: AsyncCompile, *arguments: Any, **named: Any) -> Any:
+        if triton.knobs.runtime.interpret or get_compile_threads() <= 1 or self.use_process_pool():
+            return original(self, *arguments, **named)
+        context = contextvars.copy_context()
+        device = torch.cuda.current_device()
+        return _threads().submit(context.run, _compile_here, device, original, self, *arguments, **named)
+
+    AsyncCompile.triton = triton_kernel  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        AsyncCompile.triton = original  # type: ignore[method-assign]
+
+
+def _compile_here(device: int, compile_kernel: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """In a thread: what Inductor would wait for. Its processes may have become ready meanwhile."""
+    torch.cuda.set_device(device)  # of this thread
+    kernel = compile_kernel(*arguments, **named)
+    return kernel.result() if isinstance(kernel, CodeCacheFuture) else kernel
+
+
 def compile(kernel: Any, device: torch.device, arguments: Sequence[Any], constants: Mapping[str, Any]) -> None:
     """Begin to compile and load `kernel` for these arguments (stand-ins of tensors), once."""
     signature = repr([kernel, device, [_described(a) for a in arguments], sorted(constants.items())])
     if signature in _started:
         return
-    prepared()
-    # Triton's driver and what it keeps per device are made here, and not in several threads; the latter sets `compile`.
-    kernel.device_caches[triton.runtime.driver.active.get_current_device() if device.index is None else device.index]
-    kernel.compile = _compile_by_worker
     _started.add(signature)
     _pending.append(_threads().submit(_load, kernel, device, tuple(arguments), dict(constants)))
 
 
 def _load(kernel: Any, device: torch.device, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    prepared()
     torch.cuda.set_device(device)  # of this thread
+    with _one_at_a_time:  # what Triton keeps per device is made by the first that asks; it sets `compile`
+        kernel.device_caches[triton.runtime.driver.active.get_current_device()]
+        kernel.compile = _compile_by_worker
     _thread.ahead = True
     compiled = kernel.warmup(*arguments, grid=(1,), **constants)
     compiled.run  # noqa: B018  (builds the launcher and loads the code)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from triton.runtime.jit import JITFunction
 
 NAMESPACE = "int8pass_triton"
+_making = threading.Lock()
 
 # Triton's interpreter multiplies the raw bits of bf16 operands in `tl.dot`, and truncates where a GPU rounds to bf16:
 # kernels work around both when this is set.
@@ -45,14 +47,24 @@ def rounded(y, element: tl.constexpr):
 
 
 def traceable(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Register a host wrapper as the operator `int8pass_triton::<its name>`; the result keeps name and signature."""
-    operator = torch.library.triton_op(f"{NAMESPACE}::{function.__name__}", mutates_args=())(function)
+    """Make a host wrapper the operator `int8pass_triton::<its name>`; the result keeps name and signature.
+
+    The operator is made by the first call: for each PyTorch reads the wrapper's source, and a graph has few of them.
+    """
+
+    @functools.cache
+    def make() -> Any:
+        return torch.library.triton_op(f"{NAMESPACE}::{function.__name__}", mutates_args=())(function)
+
+    def operator() -> Any:
+        with _making:
+            return make()
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
-        return operator(*args)
+        return operator()(*args)
 
-    call.overload = operator._opoverload  # type: ignore[attr-defined]
+    call.operator = operator  # type: ignore[attr-defined]
     return call
 
 
