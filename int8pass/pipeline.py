@@ -26,6 +26,7 @@ from int8pass.match import Matches, match
 from int8pass.normalize import normalize
 from int8pass.quantize import Quantized, quantize
 from int8pass.recipe import Recipe
+from int8pass.residual import residuals_into_linears
 from int8pass.smooth import Smoothing, smooth
 
 log = logging.getLogger(__name__)
@@ -90,18 +91,22 @@ def to_fused(
     facts: Facts,
     watch: Watch = lambda stage, program: None,
     blocks_on: Collection[str] | None = None,
+    to_run: bool = False,
 ) -> None:
-    """Portable form → fused ops, in place. `blocks_on`: devices with outlier blocks in place of the usual ones."""
+    """Portable form → fused ops, in place; `to_run`: also those that only some kernel of the device is there for.
+    `blocks_on`: devices with outlier blocks in place of the usual ones."""
     facts.fused = fuse(program)
     devices = hilo.DEVICES if blocks_on is None else blocks_on
     facts.fused.hits["columns_to_blocks"] += hilo.columns_to_blocks(program, devices)
+    if to_run:
+        facts.fused.hits["residuals_into_linears"] += residuals_into_linears(program)
     dialect.check(program, "fused")
     watch("fused", program)
 
 
 def to_lowered(program: Program, facts: Facts, watch: Watch = lambda stage, program: None) -> None:
     """Portable form → implementations for the device of its tensors, in place."""
-    to_fused(program, facts, watch)
+    to_fused(program, facts, watch, to_run=True)
     facts.implementations = choose_implementations(program)
     watch("lowered", program)
 

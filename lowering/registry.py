@@ -56,13 +56,17 @@ class Prepack:
 
 @dataclass(frozen=True)
 class Implementation:
-    """`function` for `target`; `when(*args)` says whether it takes these arguments (fake tensors included)."""
+    """`function` for `target`; `when(*args)` says whether it takes these arguments (fake tensors included).
+
+    One that is `composed` does what the ops that this one stands for would do apart: nothing is gained by it.
+    """
 
     target: str
     name: str
     function: Callable[..., Any]
     when: Callable[..., bool | str]
     prepack: Prepack | None = None
+    composed: bool = False
 
     def refuses(self, args: Args) -> str | None:
         """None when the implementation takes `args`; else why not."""
@@ -101,6 +105,7 @@ class Op:
         when: Callable[..., bool | str] = lambda *args: True,
         name: str | None = None,
         prepack: Prepack | None = None,
+        composed: bool = False,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Attach the decorated function as an implementation for `target`. The latest attached is asked first."""
 
@@ -109,7 +114,7 @@ class Op:
             if list(ours.parameters) != list(theirs.parameters):
                 raise TypeError(f"{target} implementation of {self.name} takes {theirs}, the op takes {ours}")
             label = name or f"{target}:{function.__name__}"
-            self.implementations.insert(0, Implementation(target, label, function, when, prepack))
+            self.implementations.insert(0, Implementation(target, label, function, when, prepack, composed))
             return function
 
         return attach

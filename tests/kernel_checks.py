@@ -344,6 +344,16 @@ def hard_samples(name: str, device: torch.device) -> Iterator[Sample]:
         yield from _w8a8_samples(device)
         if device.type == "cuda":
             yield from _large_samples(device)
+    elif name in ("linear_w8a8_add", "linear_w8a8_hilo_add"):
+        for sample in hard_samples(name.removesuffix("_add"), device):
+            weight, dtype = sample.args[5 if "hilo" in name else 3], sample.args[-1]
+            shape = (*sample.args[0].shape[:-1], weight.shape[0])
+            if device.type == "cuda" or len(weight) > 100:  # the interpreter takes its time, and sees the linear alone
+                residual = random_tensor(*shape, device=device, dtype=dtype, seed=6)
+                yield Sample(sample.label, (*sample.args, residual))
+            if sample.label in ("even", "ragged"):  # rows that TMA cannot read where they lie
+                odd = random_tensor(*shape[:-1], shape[-1] + 3, device=device, dtype=dtype, seed=7)[..., :-3]
+                yield Sample(f"{sample.label}-strided", (*sample.args, odd))
     elif name == "linear_w8a8_hilo":
         yield from hilo_samples.linear_samples(device)
     elif name == "gated_linear_quantize_hilo":

@@ -176,6 +176,7 @@ def test_tracing_compiles_what_is_launched(outliers: int, hilo: bool) -> None:
         right = torch.ones(n, outliers, dtype=torch.bfloat16, device=device) if outliers else None
         high = torch.ones(m, k, dtype=torch.int8, device=device) if hilo else None
         blocks = torch.ones(m, 1, dtype=torch.int32, device=device) if hilo else None
+        residual = torch.ones(m, n, dtype=torch.bfloat16, device=device) if outliers or hilo else None
         return (
             codes,
             scale,
@@ -189,6 +190,7 @@ def test_tracing_compiles_what_is_launched(outliers: int, hilo: bool) -> None:
             False,
             high,
             blocks,
+            residual,
             torch.bfloat16,
             -1,
         )
@@ -200,4 +202,4 @@ def test_tracing_compiles_what_is_launched(outliers: int, hilo: bool) -> None:
     ready = len(kernels)
     out = hopper.linear_wgmma(*arguments("cuda"))
     assert len(kernels) == ready, "the launch compiled another kernel"
-    assert torch.equal(out, torch.full_like(out, k + outliers + 256 * 128 * hilo))
+    assert torch.equal(out, torch.full_like(out, k + outliers + 256 * 128 * hilo + bool(outliers or hilo)))

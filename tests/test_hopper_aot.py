@@ -28,8 +28,9 @@ def tile(kind: str, rows: int, width: int, dtype: torch.dtype) -> str:
 
 
 def compiled(
-    k: int, r: int, code_columns: bool, affine: bool, act: int, wide: bool = True, hilo: bool = False
-) -> Compiled:
+    k: int, r: int, code_columns: bool, affine: bool, act: int, wide: bool = True, hilo: bool = False,
+    residual: bool = False,
+) -> Compiled:  # fmt: skip
     """What `hopper._launch` would compile for these forms, bf16 out."""
     side, half, depth = hopper.PART, hopper.HALF, hopper.BLOCK_K
     depth_r = 32 if r <= 32 else 64
@@ -44,6 +45,8 @@ def compiled(
         signature |= {"zero_point": "*i32", "weight_sum": "*i32", "bias": "*bf16"}
     if hilo:
         signature |= {"ah": tile("i8", side, depth, I8), "blocks": "*i32"}
+    if residual:
+        signature |= {"x": tile("bf16", side, half, BF16)}
     gated = act >= 0
     constants: dict[str, Any] = {
         "K": k, "R": r, "PER": block_width(k) // depth if hilo else 0, "CODES": code_columns, "ACT": act,
@@ -63,25 +66,30 @@ def compiled(
 
 @pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
 @pytest.mark.parametrize(
-    ("k", "r", "code_columns", "affine", "act", "hilo"),
+    ("k", "r", "code_columns", "affine", "act", "hilo", "residual"),
     [
-        (4096, 0, False, False, hopper.NO_ACTIVATION, False),
-        (4096, 0, False, True, hopper.NO_ACTIVATION, False),
-        (4096, 32, False, True, hopper.NO_ACTIVATION, False),
-        (14336, 64, True, True, hopper.NO_ACTIVATION, False),
-        (528, 24, False, False, hopper.NO_ACTIVATION, False),
-        *((4096, 0, False, False, CODE[name], False) for name in ("silu", "gelu_tanh", "relu", "sigmoid")),
-        (4096, 32, False, True, CODE["silu"], False),
-        (4096, 64, True, True, CODE["silu"], False),
-        (4096, 0, False, True, hopper.NO_ACTIVATION, True),
-        (14336, 0, False, False, hopper.NO_ACTIVATION, True),
-        (4096, 0, False, True, CODE["silu"], True),
+        (4096, 0, False, False, hopper.NO_ACTIVATION, False, False),
+        (4096, 0, False, True, hopper.NO_ACTIVATION, False, False),
+        (4096, 32, False, True, hopper.NO_ACTIVATION, False, False),
+        (14336, 64, True, True, hopper.NO_ACTIVATION, False, False),
+        (528, 24, False, False, hopper.NO_ACTIVATION, False, False),
+        *((4096, 0, False, False, CODE[name], False, False) for name in ("silu", "gelu_tanh", "relu", "sigmoid")),
+        (4096, 32, False, True, CODE["silu"], False, False),
+        (4096, 64, True, True, CODE["silu"], False, False),
+        (4096, 0, False, True, hopper.NO_ACTIVATION, True, False),
+        (14336, 0, False, False, hopper.NO_ACTIVATION, True, False),
+        (4096, 0, False, True, CODE["silu"], True, False),
+        (4096, 0, False, False, hopper.NO_ACTIVATION, False, True),
+        (14336, 32, False, True, hopper.NO_ACTIVATION, False, True),
+        (4096, 0, False, True, hopper.NO_ACTIVATION, True, True),
     ],
 )
-def test_asynchronous_wgmma(k: int, r: int, code_columns: bool, affine: bool, act: int, hilo: bool, wide: bool) -> None:
+def test_asynchronous_wgmma(
+    k: int, r: int, code_columns: bool, affine: bool, act: int, hilo: bool, residual: bool, wide: bool
+) -> None:
     if act >= 0 and not wide:
         pytest.skip("the gate product takes both halves")
-    code = compiled(k, r, code_columns, affine, act, wide, hilo)
+    code = compiled(k, r, code_columns, affine, act, wide, hilo, residual)
     # A thread that multiplies has 240 registers, 128 of them for sums.
     assert code.stack == 0, "spills"
     assert code.shared <= 227 * 1024

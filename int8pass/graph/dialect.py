@@ -27,7 +27,7 @@ FUSED_OPS = {
     "add_norm_quantize", "act_mul_quantize", "norm_quantize_dynamic", "add_norm_quantize_dynamic",
     "act_mul_quantize_dynamic", "gated_linear_quantize", "gated_linear_quantize_dynamic", "quantize_hilo",
     "norm_quantize_hilo", "add_norm_quantize_hilo", "act_mul_quantize_hilo", "linear_w8a8_hilo",
-    "gated_linear_quantize_hilo",
+    "gated_linear_quantize_hilo", "linear_w8a8_add", "linear_w8a8_hilo_add",
 }  # fmt: skip
 
 

@@ -11,3 +11,5 @@ for _op in (
     hilo.gated_linear_quantize_hilo,
 ):
     _op.impl("cpu")(_op.reference)
+
+hilo.linear_w8a8_hilo_add.impl("cpu", composed=True)(hilo.linear_w8a8_hilo_add.reference)

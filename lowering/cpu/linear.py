@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowering.cpu import native
 from lowering.numerics import rows
-from lowering.ops.linear import linear_w8a8, linear_w8a16
+from lowering.ops.linear import linear_w8a8, linear_w8a8_add, linear_w8a16
 
 FEW_ROWS = 32
 
@@ -171,3 +171,7 @@ def native_linear_w8a16(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: T
     """A few rows: the int8 weights are read once, converted in registers, and multiplied in fp32."""
     bias = None if bias is None else bias.contiguous()
     return native.linear_w8a16(x.contiguous(), weight.contiguous(), weight_scale.contiguous(), bias)
+
+
+# For graphs that someone writes: on a CPU Inductor adds the residual where it is read next, and nothing makes this op.
+linear_w8a8_add.impl("cpu", composed=True)(linear_w8a8_add.reference)

@@ -171,6 +171,31 @@ def linear_w8a8_hilo(
     return (y if bias is None else y + bias.float()).to(dtype)
 
 
+def _add_samples(device: torch.device) -> Iterator[Sample]:
+    for sample in _linear_samples(device):
+        m, n, dtype = sample.args[0].shape[0], sample.args[5].shape[0], sample.args[-1]
+        yield Sample(sample.label, (*sample.args, random_tensor(m, n, device=device, dtype=dtype, seed=5)))
+
+
+@op(samples=_add_samples, tolerance=Tolerance(rtol=2e-5, atol=2e-5))
+def linear_w8a8_hilo_add(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    high: Tensor,
+    blocks: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    residual: Tensor,
+) -> Tensor:
+    """`linear_w8a8_hilo(…) + residual[..., N]`, rounded once to `dtype`."""
+    linear = (codes, scale, zero_point, high, blocks, weight, weight_scale, weight_sum, bias)
+    return (linear_w8a8_hilo.reference(*linear, torch.float32) + residual.float()).to(dtype)
+
+
 def _gated_samples(device: torch.device) -> Iterator[Sample]:
     for sample in _linear_samples(device):
         if sample.args[5].shape[0] % 2 == 0:

@@ -81,6 +81,33 @@ def linear_w8a8(
     return y.to(dtype)
 
 
+def _add_samples(device: torch.device) -> Iterator[Sample]:
+    for sample in w8a8_samples(device):
+        codes, *_, weight, _, _, _, _, _, _, dtype = sample.args
+        residual = random_tensor(*codes.shape[:-1], weight.shape[0], device=device, dtype=dtype, seed=5)
+        yield Sample(sample.label, (*sample.args, residual))
+
+
+@op(samples=_add_samples, tolerance=Tolerance(rtol=2e-5, atol=2e-5))
+def linear_w8a8_add(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor | None,
+    bias: Tensor | None,
+    outliers: Tensor | None,
+    outlier_weight: Tensor | None,
+    columns: Tensor | None,
+    dtype: torch.dtype,
+    residual: Tensor,
+) -> Tensor:
+    """`linear_w8a8(…) + residual[..., N]`, rounded once to `dtype`."""
+    linear = (codes, scale, zero_point, weight, weight_scale, weight_sum, bias, outliers, outlier_weight, columns)
+    return (linear_w8a8.reference(*linear, torch.float32) + residual.float()).to(dtype)
+
+
 def w8a16_samples(device: torch.device) -> Iterator[Sample]:
     """One row and many, odd sizes, with and without bias."""
     for label, (m, n, k), dtype in [

@@ -8,6 +8,6 @@ except ImportError as error:
         "pip install triton). Only compiling for a GPU needs it."
     ) from error
 
-from lowering.triton import act, attention, gated, hilo, linear, linear_groups, norm, per_tensor, quantize
+from lowering.triton import act, attention, gated, hilo, linear, linear_groups, norm, per_tensor, quantize, residual
 
-__all__ = ["act", "attention", "gated", "hilo", "linear", "linear_groups", "norm", "per_tensor", "quantize"]
+__all__ = ["act", "attention", "gated", "hilo", "linear", "linear_groups", "norm", "per_tensor", "quantize", "residual"]

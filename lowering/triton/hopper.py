@@ -10,6 +10,7 @@ that reaches memory.
 
 Outlier columns are one more step of the same ring: 64 columns of bf16 are as many bytes as 128 of int8. High halves of
 codes (`lowering.ops.hilo`) come before the low ones, in steps of their own for the blocks of columns that have some.
+A residual comes last, in two steps that nothing is multiplied in: it is there when the epilogue adds it.
 
 Where tiles of one half do not outnumber the multiprocessors, a tile has one half only.
 """
@@ -104,7 +105,7 @@ def _fill(
 
 @gluon.jit
 def _load(
-    a, w, o, ow, ah, blocks, a0_ring, a1_ring, w0_ring, w1_ring, counts, full, free, M, N,
+    a, w, o, ow, x, ah, blocks, a0_ring, a1_ring, w0_ring, w1_ring, counts, full, free, M, N,
     K_STEPS: gl.constexpr, R: gl.constexpr, PER: gl.constexpr,
     NEXT: gl.constexpr, SECOND: gl.constexpr, BUFFERS: gl.constexpr,
     PART: gl.constexpr, HALF: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr, WIDE: gl.constexpr,
@@ -158,6 +159,22 @@ def _load(
                     ow, [n + SECOND, 0], bar, w1_ring.index(slot)._reinterpret(kind, [HALF, depth], wide)
                 )
             step += 1
+        if x is not None:  # a part of a half where a half of the weights lies: as many bytes
+            element: gl.constexpr = x.dtype
+            form: gl.constexpr = x.layout
+            for i in gl.static_range(2):
+                slot = step % BUFFERS
+                bar = full.index(slot)
+                mbarrier.wait(free.index(slot), ((step // BUFFERS) & 1) ^ 1)
+                mbarrier.expect(bar, halves * PART * HALF * 2)
+                first = w0_ring.index(slot)._reinterpret(element, [PART, HALF], form)
+                if WIDE:  # a half in each step
+                    second = w1_ring.index(slot)._reinterpret(element, [PART, HALF], form)
+                    tma.async_copy_global_to_shared(x, [m, n + i * SECOND], bar, first)
+                    tma.async_copy_global_to_shared(x, [m + PART, n + i * SECOND], bar, second)
+                else:  # a part in each
+                    tma.async_copy_global_to_shared(x, [m + i * PART, n], bar, first)
+                step += 1
 
 
 @gluon.jit
@@ -215,6 +232,24 @@ def _finished(
 
 
 @gluon.jit
+def _with_residual(
+    y, x, ring, full, free, step, part, BUFFERS: gl.constexpr, WIDE: gl.constexpr, PART: gl.constexpr,
+    HALF: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """`y` plus what the next step of the ring brings: with one half a tile, the next two, of which one is of this
+    part; the other is waited for, too, so that its buffer is not said to be free before it is filled."""
+    steps: gl.constexpr = 1 if WIDE else 2
+    for i in gl.static_range(steps):
+        slot = step % BUFFERS
+        mbarrier.wait(full.index(slot), (step // BUFFERS) & 1)
+        if WIDE or part == i:
+            y += ring.index(slot)._reinterpret(x.dtype, [PART, HALF], x.layout).load(LAYOUT).to(gl.float32)
+        mbarrier.arrive(free.index(slot), count=1)
+        step += 1
+    return y, step
+
+
+@gluon.jit
 def _store(c, staging, y, m, n):
     """Through shared memory, behind the previous store."""
     tma.store_wait(0)
@@ -253,13 +288,13 @@ def _products(
 
 @gluon.jit
 def _multiply(
-    a_ring, w0_ring, w1_ring, counts, full, free, staging, o, c, scale, scale_stride, zero_point, zero_point_stride,
-    weight_scale, weight_sum, bias, offset, M, N, rows,
+    a_ring, w0_ring, w1_ring, x_ring, counts, full, free, staging, o, x, c, scale, scale_stride, zero_point,
+    zero_point_stride, weight_scale, weight_sum, bias, part: gl.constexpr, M, N, rows,
     K_STEPS: gl.constexpr, R: gl.constexpr, PER: gl.constexpr, CODES: gl.constexpr, ACT: gl.constexpr,
     NEXT: gl.constexpr, SECOND: gl.constexpr, BUFFERS: gl.constexpr,
     PART: gl.constexpr, HALF: gl.constexpr, GROUP: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: products of what has come, and the results, for the rows from `offset` on of every tile."""
+    """Four warps: products of what has come, and the results, for one of the two parts of every tile."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, HALF, 32]
     )
@@ -273,7 +308,7 @@ def _multiply(
     step = 0
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         tile_m, tile_n = _position(tile, tiles_m, tiles_n, GROUP)
-        m, n = tile_m * (2 * PART) + offset, tile_n * NEXT
+        m, n = tile_m * (2 * PART) + part * PART, tile_n * NEXT
         at = m + gl.arange(0, PART, layout=gl.SliceLayout(1, OUT))
         token = gl.load(scale + at.to(gl.int64) * scale_stride, mask=at < M, other=0.0)
         zero = at
@@ -317,9 +352,13 @@ def _multiply(
             ow1 = ow1._reinterpret(kind, [HALF, depth], wide)
         y = _finished(left, token, zero, affine, scale0, sum0, bias0, biased, o_tile, ow0, R, CODES, OUT)
         if ACT < 0:
+            if x is not None:
+                y, step = _with_residual(y, x, x_ring, full, free, step, part, BUFFERS, WIDE, PART, HALF, OUT)
             _store(c, staging, y.to(c.dtype), m, n)
             if WIDE:
                 y = _finished(right, token, zero, affine, scale1, sum1, bias1, biased, o_tile, ow1, R, CODES, OUT)
+                if x is not None:
+                    y, step = _with_residual(y, x, x_ring, full, free, step, part, BUFFERS, WIDE, PART, HALF, OUT)
                 _store(c, staging, y.to(c.dtype), m, n + SECOND)
         else:
             # Rounded after every step, as eager PyTorch does.
@@ -334,7 +373,7 @@ def _multiply(
 
 @gluon.jit
 def _linear_w8a8_wgmma(
-    a, w, o, ow, ah, blocks, c, scale, scale_stride, zero_point, zero_point_stride, weight_scale, weight_sum, bias,
+    a, w, o, ow, x, ah, blocks, c, scale, scale_stride, zero_point, zero_point_stride, weight_scale, weight_sum, bias,
     M, N, rows,
     K: gl.constexpr, R: gl.constexpr, PER: gl.constexpr, CODES: gl.constexpr, ACT: gl.constexpr,
     NEXT: gl.constexpr, SECOND: gl.constexpr, BUFFERS: gl.constexpr,
@@ -362,17 +401,17 @@ def _linear_w8a8_wgmma(
     gl.warp_specialize(
         [
             (_multiply, (
-                a0_ring, w0_ring, w1_ring, counts, full, free, staging0, o, c, scale, scale_stride, zero_point,
-                zero_point_stride, weight_scale, weight_sum, bias, 0, M, N, rows,
+                a0_ring, w0_ring, w1_ring, w0_ring, counts, full, free, staging0, o, x, c, scale, scale_stride,
+                zero_point, zero_point_stride, weight_scale, weight_sum, bias, gl.constexpr(0), M, N, rows,
                 K_STEPS, R, PER, CODES, ACT, NEXT, SECOND, BUFFERS, PART, HALF, GROUP, WIDE,
             )),
             (_multiply, (
-                a1_ring, w0_ring, w1_ring, counts, full, free, staging1, o, c, scale, scale_stride, zero_point,
-                zero_point_stride, weight_scale, weight_sum, bias, PART, M, N, rows,
+                a1_ring, w0_ring, w1_ring, w1_ring, counts, full, free, staging1, o, x, c, scale, scale_stride,
+                zero_point, zero_point_stride, weight_scale, weight_sum, bias, gl.constexpr(1), M, N, rows,
                 K_STEPS, R, PER, CODES, ACT, NEXT, SECOND, BUFFERS, PART, HALF, GROUP, WIDE,
             )),
             (_load, (
-                a, w, o, ow, ah, blocks, a0_ring, a1_ring, w0_ring, w1_ring, counts, full, free, M, N,
+                a, w, o, ow, x, ah, blocks, a0_ring, a1_ring, w0_ring, w1_ring, counts, full, free, M, N,
                 K_STEPS, R, PER, NEXT, SECOND, BUFFERS, PART, HALF, BLOCK_K, GROUP, WIDE,
             )),
         ],
@@ -405,13 +444,15 @@ def linear_wgmma(
     code_columns: bool,
     high: Tensor | None,
     blocks: Tensor | None,
+    residual: Tensor | None,
     dtype: torch.dtype,
     act: int,
 ) -> Tensor:
     """The linear of `codes[..., K]`; with `act` (a code of `lowering.triton.act`) the gated product of its halves.
 
     With `code_columns` the outlier weights are columns of the codes `weight`, as `dtype`, and take its scale. `high`
-    and `blocks` are those of `lowering.ops.hilo`. An op of its own and no traced launch: neither Inductor nor
+    and `blocks` are those of `lowering.ops.hilo`. `residual`, of the result's shape and type, is added before the one
+    rounding (not to a gated product). An op of its own and no traced launch: neither Inductor nor
     AOTAutograd knows Gluon.
     """
     n = weight.shape[0] if act == NO_ACTIVATION else weight.shape[0] // 2
@@ -424,7 +465,8 @@ def linear_wgmma(
             _aligned(weight), weight_scale.contiguous(), weight_sum, bias, flat,
             None if outlier_weight is None else _aligned(outlier_weight), code_columns,
             None if high is None else _aligned(high.reshape(-1, high.shape[-1])),
-            None if blocks is None else per_row(blocks, codes).contiguous(), out.view(-1, n), act,
+            None if blocks is None else per_row(blocks, codes).contiguous(),
+            None if residual is None else _aligned(residual.reshape(-1, n)), out.view(-1, n), act,
         )  # fmt: skip
         ahead.wait()
         _linear_w8a8_wgmma[(launch.programs,)](*launch.arguments, **launch.constants)
@@ -445,6 +487,7 @@ def _(
     code_columns: bool,
     high: Tensor | None,
     blocks: Tensor | None,
+    residual: Tensor | None,
     dtype: torch.dtype,
     act: int,
 ) -> Tensor:
@@ -457,7 +500,7 @@ def _(
             codes.device, _stand(codes, m, k), _stand(scale, m), _stand(zero_point, m), _stand(weight, rows, k),
             _stand(weight_scale, rows), _stand(weight_sum, rows), _stand(bias, rows), _stand(outliers, m, r),
             _stand(outlier_weight, rows, r), code_columns, _stand(high, m, k), _stand(blocks, m),
-            _stand(out, m, n), act,
+            _stand(residual, m, n), _stand(out, m, n), act,
         )  # fmt: skip
         ahead.compile(_linear_w8a8_wgmma, codes.device, launch.arguments, launch.constants)
     return out
@@ -491,7 +534,7 @@ class _Launch(NamedTuple):
 def _launch(
     device: torch.device, codes: Any, scale: Any, zero_point: Any | None, weight: Any, weight_scale: Any,
     weight_sum: Any | None, bias: Any | None, outliers: Any | None, outlier_weight: Any | None, code_columns: bool,
-    high: Any | None, blocks: Any | None, out: Any, act: int,
+    high: Any | None, blocks: Any | None, residual: Any | None, out: Any, act: int,
 ) -> _Launch:  # fmt: skip
     """`codes[M, K]`, `scale[M]`, `zero_point[M]`, `weight[N, K]` → `out[M, N]`, or the gated `[M, N / 2]`: tensors, or
     what stands for them while a model is traced."""
@@ -511,8 +554,9 @@ def _launch(
         depth = OUTLIERS // 2 if r <= OUTLIERS // 2 else OUTLIERS
         o, ow = descriptor(outliers, PART, depth), descriptor(outlier_weight, HALF, depth)
     ah = None if high is None else descriptor(high, PART, BLOCK_K)
+    x = None if residual is None else descriptor(residual, PART, HALF)
     arguments = (
-        a, w, o, ow, ah, blocks, descriptor(out, PART, HALF), scale, scale.stride()[0],
+        a, w, o, ow, x, ah, blocks, descriptor(out, PART, HALF), scale, scale.stride()[0],
         zero_point, 0 if zero_point is None else zero_point.stride()[0], weight_scale, weight_sum, bias,
         m, n, weight.shape[0],
     )  # fmt: skip

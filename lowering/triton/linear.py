@@ -536,15 +536,16 @@ def wgmma_product(
     dtype: torch.dtype,
     act: int = -1,
     hilo: Hilo | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """The linear by asynchronous `wgmma`; with `act` the gated product of its halves."""
+    """The linear by asynchronous `wgmma`, plus a residual; with `act` the gated product of its halves."""
     from lowering.triton.hopper import linear_wgmma
 
     right = outlier_weight if columns is None else weight.index_select(1, columns).to(dtype)
     result: Tensor = linear_wgmma(
         codes, scale, zero_point, weight, weight_scale, weight_sum, bias, outliers,
         None if outliers is None else right, columns is not None, None if hilo is None else hilo.high,
-        None if hilo is None else hilo.blocks, dtype, act,
+        None if hilo is None else hilo.blocks, residual, dtype, act,
     )  # fmt: skip
     return result
 
