@@ -73,12 +73,11 @@ def hilo_scale(above, below, absmax, total, SUM: tl.constexpr, SYMMETRIC: tl.con
 
 @triton.jit
 def row_codes(
-    y, floor, K: tl.constexpr, SUM: tl.constexpr, LIMIT: tl.constexpr, WIDTH: tl.constexpr, SYMMETRIC: tl.constexpr,
+    y, floor, K: tl.constexpr, SUM: tl.constexpr, LIMIT: tl.constexpr, COUNT: tl.constexpr, SYMMETRIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What a row, fp32 with zeros beyond `K`, is quantized by: scale, its inverse, zero point, blocks with outliers."""
     # Extents (`row_extent`) block by block: those of the inliers and those of all follow from them.
-    COUNT: tl.constexpr = 1 if BLOCK <= WIDTH else BLOCK // WIDTH
     PER: tl.constexpr = BLOCK // COUNT
     VECTOR: tl.constexpr = 16 if PER > 16 else PER
     bits = tl.reshape(y.to(tl.int32, bitcast=True), [COUNT, PER // VECTOR, VECTOR])
@@ -109,14 +108,13 @@ def row_codes(
 @triton.jit
 def store_row(
     y, row, s, inverse, zero, used, codes, scale, zero_point, high, blocks,
-    K: tl.constexpr, WIDTH: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, COUNT: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """All results for a row."""
     cols = tl.arange(0, BLOCK)
     codes += row * K
     high += row * K
     if used != 0:
-        COUNT: tl.constexpr = 1 if BLOCK <= WIDTH else BLOCK // WIDTH
         wide = ((used >> tl.arange(0, COUNT)) & 1 != 0)[:, None]  # bounds once per block, not once per value
         code = round_to_int(tl.reshape(y, [COUNT, BLOCK // COUNT]) * inverse)
         if not SYMMETRIC:
@@ -138,17 +136,17 @@ def store_row(
 @triton.jit
 def _quantize_hilo_kernel(
     x, x_stride, codes, scale, zero_point, high, blocks, floor,
-    K: tl.constexpr, SUM: tl.constexpr, LIMIT: tl.constexpr, WIDTH: tl.constexpr, SYMMETRIC: tl.constexpr,
+    K: tl.constexpr, SUM: tl.constexpr, LIMIT: tl.constexpr, COUNT: tl.constexpr, SYMMETRIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     y = tl.load(x + row * x_stride + cols, mask=cols < K, other=0.0).to(tl.float32)
-    s, inverse, zero, used = row_codes(y, floor, K, SUM, LIMIT, WIDTH, SYMMETRIC, BLOCK)
+    s, inverse, zero, used = row_codes(y, floor, K, SUM, LIMIT, COUNT, SYMMETRIC, BLOCK)
     if BLOCK > 8192:  # kept, it would take the registers that a second program on the multiprocessor needs
         y = tl.load(x + row * x_stride + cols, mask=cols < K, other=0.0, cache_modifier=".ca").to(tl.float32)
     store_row(
-        y, row, s, inverse, zero, used, codes, scale, zero_point, high, blocks, K, WIDTH, SYMMETRIC, BLOCK
+        y, row, s, inverse, zero, used, codes, scale, zero_point, high, blocks, K, COUNT, SYMMETRIC, BLOCK
     )  # fmt: skip
 
 
@@ -157,7 +155,7 @@ def _quantize_hilo_kernel(
 def _norm_quantize_hilo_kernel(
     x, x_stride, residual, residual_stride, weight, bias, hidden, codes, scale, zero_point, high, blocks,
     floor, eps, offset,
-    K: tl.constexpr, SUM: tl.constexpr, LIMIT: tl.constexpr, WIDTH: tl.constexpr, LAYER: tl.constexpr,
+    K: tl.constexpr, SUM: tl.constexpr, LIMIT: tl.constexpr, COUNT: tl.constexpr, LAYER: tl.constexpr,
     ROUND_FIRST: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -174,9 +172,9 @@ def _norm_quantize_hilo_kernel(
         added = load_hidden(x, residual, hidden, cols, cols < K)
         tl.store(hidden + cols, rounded(added, hidden.dtype.element_ty), mask=cols < K)
     y = tl.where(cols < K, y, 0.0)
-    s, inverse, zero, used = row_codes(y, floor, K, SUM, LIMIT, WIDTH, SYMMETRIC, BLOCK)
+    s, inverse, zero, used = row_codes(y, floor, K, SUM, LIMIT, COUNT, SYMMETRIC, BLOCK)
     store_row(
-        y, row, s, inverse, zero, used, codes, scale, zero_point, high, blocks, K, WIDTH, SYMMETRIC, BLOCK
+        y, row, s, inverse, zero, used, codes, scale, zero_point, high, blocks, K, COUNT, SYMMETRIC, BLOCK
     )  # fmt: skip
 
 
@@ -184,15 +182,15 @@ def _norm_quantize_hilo_kernel(
 @triton.jit
 def _act_mul_quantize_hilo_kernel(
     gate, gate_stride, up, up_stride, codes, scale, zero_point, high, blocks, floor,
-    K: tl.constexpr, SUM: tl.constexpr, LIMIT: tl.constexpr, WIDTH: tl.constexpr, ACT: tl.constexpr,
+    K: tl.constexpr, SUM: tl.constexpr, LIMIT: tl.constexpr, COUNT: tl.constexpr, ACT: tl.constexpr,
     SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     y = product(gate + row * gate_stride, up + row * up_stride, cols, cols < K, ACT)
-    s, inverse, zero, used = row_codes(y, floor, K, SUM, LIMIT, WIDTH, SYMMETRIC, BLOCK)
+    s, inverse, zero, used = row_codes(y, floor, K, SUM, LIMIT, COUNT, SYMMETRIC, BLOCK)
     store_row(
-        y, row, s, inverse, zero, used, codes, scale, zero_point, high, blocks, K, WIDTH, SYMMETRIC, BLOCK
+        y, row, s, inverse, zero, used, codes, scale, zero_point, high, blocks, K, COUNT, SYMMETRIC, BLOCK
     )  # fmt: skip
 
 
@@ -213,8 +211,8 @@ def _constants(k: int, symmetric: bool) -> dict[str, int]:
     block, warps = row_block(k)
     assert block >= k
     return {
-        "K": k, "SUM": numerics.hilo_sum(k), "LIMIT": numerics.HILO_BLOCKS, "WIDTH": numerics.block_width(k),
-        "SYMMETRIC": symmetric, "BLOCK": block, "num_warps": warps,
+        "K": k, "SUM": numerics.hilo_sum(k), "LIMIT": numerics.HILO_BLOCKS,
+        "COUNT": max(1, block // numerics.block_width(k)), "SYMMETRIC": symmetric, "BLOCK": block, "num_warps": warps,
     }  # fmt: skip
 
 

@@ -203,6 +203,16 @@ def _per_channel(pointer, first, rows, HALF: gl.constexpr):
 
 
 @gluon.jit
+def _of_channels(scale, weight_sum, bias, n, rows, HALF: gl.constexpr):
+    """Scales, sums and biases of the channels of a half tile."""
+    return (
+        _per_channel(scale, n, rows, HALF),
+        _per_channel(weight_sum, n, rows, HALF),
+        _per_channel(bias, n, rows, HALF),
+    )
+
+
+@gluon.jit
 def _channels(value, LAYOUT: gl.constexpr):
     """`[1, HALF]` as the results lie."""
     return gl.convert_layout(value, gl.SliceLayout(0, LAYOUT))[None, :]
@@ -210,10 +220,11 @@ def _channels(value, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _finished(
-    acc, token, zero, has_zero: gl.constexpr, scale, weight_sum, bias, has_bias: gl.constexpr, o, ow,
-    R: gl.constexpr, CODES: gl.constexpr, LAYOUT: gl.constexpr,
+    acc, token, zero, has_zero: gl.constexpr, channels, has_bias: gl.constexpr, o, ow, R: gl.constexpr,
+    CODES: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Everything between the int32 sums and the one rounding, for one half of a part."""
+    scale, weight_sum, bias = channels
     acc = gl.convert_layout(acc, LAYOUT)
     if has_zero:
         acc -= zero[:, None] * _channels(weight_sum, LAYOUT)
@@ -287,6 +298,30 @@ def _products(
 
 
 @gluon.jit
+def _sums(
+    a_ring, w0_ring, w1_ring, counts, full, free, step, K_STEPS: gl.constexpr, PER: gl.constexpr,
+    BUFFERS: gl.constexpr, PART: gl.constexpr, HALF: gl.constexpr, WIDE: gl.constexpr, ACC: gl.constexpr,
+):  # fmt: skip
+    """The int32 sums of one part of a tile: of high halves, if there are some, and of all codes."""
+    left = gl.zeros([PART, HALF], gl.int32, ACC)
+    right = gl.zeros([PART, HALF], gl.int32, ACC)
+    if PER > 0:
+        mbarrier.wait(full.index(step % BUFFERS), (step // BUFFERS) & 1)
+        number = counts.index(step % BUFFERS).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+        high_steps = gl.max(number, 0)
+        if high_steps > 0:
+            left, right, step = _products(
+                left, right, a_ring, w0_ring, w1_ring, full, free, step, high_steps, BUFFERS, WIDE
+            )  # fmt: skip
+            left = left << 8
+            right = right << 8
+    left, right, step = _products(
+        left, right, a_ring, w0_ring, w1_ring, full, free, step, K_STEPS, BUFFERS, WIDE
+    )  # fmt: skip
+    return left, right, step
+
+
+@gluon.jit
 def _multiply(
     a_ring, w0_ring, w1_ring, x_ring, counts, full, free, staging, o, x, c, scale, scale_stride, zero_point,
     zero_point_stride, weight_scale, weight_sum, bias, part: gl.constexpr, M, N, rows,
@@ -314,28 +349,12 @@ def _multiply(
         zero = at
         if affine:
             zero = gl.load(zero_point + at.to(gl.int64) * zero_point_stride, mask=at < M, other=0)
-        scale0 = _per_channel(weight_scale, n, rows, HALF)
-        sum0 = _per_channel(weight_sum, n, rows, HALF)
-        bias0 = _per_channel(bias, n, rows, HALF)
-        scale1, sum1, bias1 = scale0, sum0, bias0
+        channels0 = _of_channels(weight_scale, weight_sum, bias, n, rows, HALF)
+        channels1 = channels0
         if WIDE:
-            scale1 = _per_channel(weight_scale, n + SECOND, rows, HALF)
-            sum1 = _per_channel(weight_sum, n + SECOND, rows, HALF)
-            bias1 = _per_channel(bias, n + SECOND, rows, HALF)
-        left = gl.zeros([PART, HALF], gl.int32, ACC)
-        right = gl.zeros([PART, HALF], gl.int32, ACC)
-        if PER > 0:
-            mbarrier.wait(full.index(step % BUFFERS), (step // BUFFERS) & 1)
-            number = counts.index(step % BUFFERS).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-            high_steps = gl.max(number, 0)
-            if high_steps > 0:
-                left, right, step = _products(
-                    left, right, a_ring, w0_ring, w1_ring, full, free, step, high_steps, BUFFERS, WIDE
-                )  # fmt: skip
-                left = left << 8
-                right = right << 8
-        left, right, step = _products(
-            left, right, a_ring, w0_ring, w1_ring, full, free, step, K_STEPS, BUFFERS, WIDE
+            channels1 = _of_channels(weight_scale, weight_sum, bias, n + SECOND, rows, HALF)
+        left, right, step = _sums(
+            a_ring, w0_ring, w1_ring, counts, full, free, step, K_STEPS, PER, BUFFERS, PART, HALF, WIDE, ACC
         )  # fmt: skip
         last = step % BUFFERS
         o_tile = a_ring.index(last)
@@ -350,20 +369,20 @@ def _multiply(
             o_tile = o_tile._reinterpret(kind, [PART, depth], wide)
             ow0 = ow0._reinterpret(kind, [HALF, depth], wide)
             ow1 = ow1._reinterpret(kind, [HALF, depth], wide)
-        y = _finished(left, token, zero, affine, scale0, sum0, bias0, biased, o_tile, ow0, R, CODES, OUT)
+        y = _finished(left, token, zero, affine, channels0, biased, o_tile, ow0, R, CODES, OUT)
         if ACT < 0:
             if x is not None:
                 y, step = _with_residual(y, x, x_ring, full, free, step, part, BUFFERS, WIDE, PART, HALF, OUT)
             _store(c, staging, y.to(c.dtype), m, n)
             if WIDE:
-                y = _finished(right, token, zero, affine, scale1, sum1, bias1, biased, o_tile, ow1, R, CODES, OUT)
+                y = _finished(right, token, zero, affine, channels1, biased, o_tile, ow1, R, CODES, OUT)
                 if x is not None:
                     y, step = _with_residual(y, x, x_ring, full, free, step, part, BUFFERS, WIDE, PART, HALF, OUT)
                 _store(c, staging, y.to(c.dtype), m, n + SECOND)
         else:
             # Rounded after every step, as eager PyTorch does.
             gate = _activation(y.to(c.dtype).to(gl.float32), ACT).to(c.dtype)
-            y = _finished(right, token, zero, affine, scale1, sum1, bias1, biased, o_tile, ow1, R, CODES, OUT)
+            y = _finished(right, token, zero, affine, channels1, biased, o_tile, ow1, R, CODES, OUT)
             product = (gate.to(gl.float32) * y.to(c.dtype).to(gl.float32)).to(c.dtype)
             _store(c, staging, product, m, n)
         if R > 0:
