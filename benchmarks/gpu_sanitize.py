@@ -35,6 +35,7 @@ HARD = (
     "hard-123x7x123",
     "hard-ragged",
     "hard-code_outliers",
+    "hard-last_block",
 )
 
 
