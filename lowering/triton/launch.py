@@ -52,17 +52,18 @@ def traceable(function: Callable[..., Any]) -> Callable[..., Any]:
     The operator is made by the first call: for each PyTorch reads the wrapper's source, and a graph has few of them.
     """
 
-    @functools.cache
-    def make() -> Any:
-        return torch.library.triton_op(f"{NAMESPACE}::{function.__name__}", mutates_args=())(function)
+    made: Any = None
 
     def operator() -> Any:
+        nonlocal made
         with _making:
-            return make()
+            if made is None:
+                made = torch.library.triton_op(f"{NAMESPACE}::{function.__name__}", mutates_args=())(function)
+        return made
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
-        return operator()(*args)
+        return operator()(*args) if made is None else made(*args)
 
     call.operator = operator  # type: ignore[attr-defined]
     return call
