@@ -156,7 +156,9 @@ class Spy:
         self.ops: dict[str, int] = {}
         self.graphs = 0
 
-    def __call__(self, program: Program, inputs: Sequence[Any], config: dict[str, Any]) -> Callable[..., Any]:
+    def __call__(
+        self, program: Program, inputs: Sequence[Any], config: dict[str, Any], within: Callable[[], Any]
+    ) -> Callable[..., Any]:
         self.config, self.ops = config, count_ops(program)
         self.graphs += 1
         program.gm.recompile()

@@ -8,9 +8,13 @@ import pytest
 import torch
 from harness import relative_error, run_pass
 from test_real_model import FirstLayers, smollm2
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+import int8pass
 from int8pass import hilo, residual
+from int8pass.graph.pattern import op_name
+from int8pass.inspect import timing
+from int8pass.match import Site
 
 
 class Block(nn.Module):
@@ -116,6 +120,26 @@ def test_where_no_kernel_adds_nothing_changes() -> None:
     found = run_pass(model, x, "w8a8")
     assert found.ops["add_norm_quantize"] == 2
     assert found.ops["linear_w8a8_add"] == 0
+
+
+@pytest.mark.usefixtures("in_epilogues")
+def test_the_inspection_follows_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sites are named as without, and a sum counts to the linear that makes it."""
+    model, x = inputs(Block)
+    monkeypatch.setattr(hilo, "DEVICES", frozenset({"cpu"}))
+    compared = []
+
+    def originals(site: Site, fused: set[str]) -> list[fx.Node]:
+        found = before(site, fused)
+        compared.append(("linear_w8a8_hilo_add" in fused, [op_name(node) for node in found].count("add")))
+        return found
+
+    before = timing.originals
+    monkeypatch.setattr(timing, "originals", originals)
+    report = int8pass.inspect(model, x, recipe="llm.int8", data=[(x,)])
+    assert {site.scheme for site in report.sites} == {"w8a8 affine, outlier blocks"}
+    assert len({row.site for row in report.runtime if row.op == "linear_w8a8_hilo_add"}) == 4
+    assert compared == [(True, 1)] * 4
 
 
 @pytest.mark.slow

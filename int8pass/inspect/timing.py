@@ -49,7 +49,7 @@ class Lowered:
 
     def has_blocks(self, site: Site) -> bool:
         """Whether the products of a site read blocks of outliers (`int8pass.hilo`)."""
-        return any(self.ops.get(n.name, "").endswith("_hilo") for n in self.nodes_of(site))
+        return any("_hilo" in self.ops.get(n.name, "") for n in self.nodes_of(site))
 
     def bytes_of(self, site: Site) -> int:
         """Of all constants that only the site's products read: codes, scales, sums, float columns."""
@@ -108,7 +108,7 @@ def measured(program: Program, arguments: Arguments, store: Store, rounds: int =
 def originals(site: Site, fused: set[str]) -> list[fx.Node]:
     """The captured nodes whose work the site's fused ops do: its linears, and what was fused into its quantize."""
     nodes = [reader.node for reader in site.readers]
-    names = {name.removesuffix("_dynamic") for name in fused}
+    names = {name.removesuffix("_dynamic").removesuffix("_hilo") for name in fused}
     if names & {"norm_quantize", "add_norm_quantize", "act_mul_quantize"}:
         nodes.append(site.source)
         wanted = {"add_norm_quantize": {"add"}, "act_mul_quantize": set(GATE_ACTIVATIONS)}
@@ -117,6 +117,8 @@ def originals(site: Site, fused: set[str]) -> list[fx.Node]:
     if "gated_linear_quantize" in names:
         activations = [n for reader in site.readers for n in reader.node.users if op_name(n) in GATE_ACTIVATIONS]
         nodes += [*activations, *(n for activation in activations for n in activation.users if op_name(n) == "mul")]
+    if any(name.startswith("linear_") and name.endswith("_add") for name in names):
+        nodes += [n for reader in site.readers for n in reader.node.users if op_name(n) == "add"]
     return nodes
 
 
