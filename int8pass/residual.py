@@ -1,7 +1,7 @@
 """The sum with a residual is made by the linear before it, where a kernel of the device does that in its epilogue.
 
-Requires: fused ops. Ensures: every sum of a linear that nothing else reads and of a tensor of its shape and type is a
-`linear_…_add`, and the norm that took the sum takes its result, where the chosen implementation is one kernel: the sum
+Requires: fused ops. Ensures: every sum of a linear that nothing else reads and of a tensor laid out like its result is
+a `linear_…_add`, and the norm that took the sum takes its result, where the chosen implementation is one kernel: the sum
 is then written once and read once, and never apart from the linear's result, which is rounded once instead of twice.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from int8pass.capture import Program
 from int8pass.graph.pattern import op_name
-from int8pass.graph.rewrite import Edit
+from int8pass.graph.rewrite import Edit, same_layout
 from int8pass.lower import choose
 from lowering import registry
 from lowering.ops import hilo, linear, norm
@@ -61,9 +61,9 @@ def _linear_and_residual(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     for layer, residual in (terms, terms[::-1]):
         assert isinstance(layer, fx.Node)
         assert isinstance(residual, fx.Node)
-        made, added = layer.meta["val"], residual.meta["val"]
-        alike = made.shape == added.shape and made.dtype == added.dtype and made.device == added.device
-        if op_name(layer) in _LINEARS and len(layer.users) == 1 and layer is not residual and alike:
+        if op_name(layer) not in _LINEARS or len(layer.users) != 1 or layer is residual:
+            continue
+        if same_layout(layer.meta["val"], residual.meta["val"]):
             return layer, residual
     return None
 

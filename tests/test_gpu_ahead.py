@@ -109,6 +109,18 @@ def test_what_a_thread_meets_is_raised_where_inductor_waits(monkeypatch: pytest.
     assert AsyncCompile.triton is inductor.original
 
 
+def test_compilations_may_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first to begin ends first: the other goes on in threads, and nothing stays behind."""
+    inductor = Inductor(monkeypatch, processes=False)
+    first, second = ahead.beside_inductor(), ahead.beside_inductor()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert isinstance(AsyncCompile().triton("one", "source"), Future)
+    second.__exit__(None, None, None)
+    assert AsyncCompile.triton is inductor.original
+
+
 class Worker:
     """Does at once what it is given, as another process would: by pickle. Or fails, or is not there, or never ends."""
 

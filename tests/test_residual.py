@@ -32,17 +32,18 @@ class Block(nn.Module):
 
 
 class Alone(nn.Module):
-    """Sums that are none of these: broadcast, scaled, of a linear that is read twice, of another type."""
+    """Sums that are none of these: broadcast, scaled, of a linear read twice, of another type, of other strides."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.c, self.d = (nn.Linear(64, 64) for _ in range(4))
+        self.a, self.b, self.c, self.d, self.e = (nn.Linear(64, 64) for _ in range(5))
 
     def forward(self, x: Tensor) -> Tensor:
         broadcast = self.a(x) + x[:1]
         scaled = torch.add(x, self.b(broadcast), alpha=2.0)
         twice = self.c(scaled)
-        return (x + twice).relu() + twice.sin() + (self.d(twice).double() + x)
+        other = self.d(twice)
+        return (x + twice).relu() + twice.sin() + (other.double() + x) + (x.mT.contiguous().mT + self.e(x.cos()))
 
 
 def inputs(kind: type[nn.Module], dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor]:
@@ -91,7 +92,7 @@ def test_applied_twice_changes_nothing() -> None:
 def test_other_sums_stay() -> None:
     model, x = inputs(Alone)
     found = run_pass(model, x, "w8a8")
-    assert found.ops["linear_w8a8"] == 4
+    assert found.ops["linear_w8a8"] == 5
     assert found.ops["linear_w8a8_add"] == 0
     assert relative_error(found.output, model(x)) < 0.02
 

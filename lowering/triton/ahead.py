@@ -14,6 +14,7 @@ waiting for an assembler that is a process of its own; here threads do it.
 from __future__ import annotations
 
 import contextvars
+import functools
 import importlib
 import logging
 import threading
@@ -37,6 +38,8 @@ _pool: ThreadPoolExecutor | None = None
 _prepared: list[Future[Any]] = []
 _thread = threading.local()  # `ahead`: this thread is one of ours
 _one_at_a_time = threading.Lock()
+_within = 0  # how many compilations are `beside_inductor`
+_inductors_own: Callable[..., Any] = AsyncCompile.triton
 _workers_answer = True
 
 
@@ -81,21 +84,28 @@ def prepared() -> None:
 @contextmanager
 def beside_inductor() -> Iterator[None]:
     """Within it Inductor compiles Triton kernels at once in threads of ours, as long as its processes are not ready."""
+    global _within, _inductors_own
     prepared()
-    original = AsyncCompile.triton
-
-    def triton_kernel(self: AsyncCompile, *arguments: Any, **named: Any) -> Any:
-        if triton.knobs.runtime.interpret or get_compile_threads() <= 1 or self.use_process_pool():
-            return original(self, *arguments, **named)
-        context = contextvars.copy_context()
-        device = torch.cuda.current_device()
-        return _threads().submit(context.run, _compile_here, device, original, self, *arguments, **named)
-
-    AsyncCompile.triton = triton_kernel  # type: ignore[method-assign]
+    with _one_at_a_time:
+        if _within == 0:
+            _inductors_own = AsyncCompile.triton
+            AsyncCompile.triton = _in_a_thread  # type: ignore[assignment,method-assign]
+        _within += 1
     try:
         yield
     finally:
-        AsyncCompile.triton = original  # type: ignore[method-assign]
+        with _one_at_a_time:
+            _within -= 1
+            if _within == 0:
+                AsyncCompile.triton = _inductors_own  # type: ignore[method-assign]
+
+
+def _in_a_thread(compiler: AsyncCompile, *arguments: Any, **named: Any) -> Any:
+    """In the place of `AsyncCompile.triton`."""
+    if triton.knobs.runtime.interpret or get_compile_threads() <= 1 or compiler.use_process_pool():
+        return _inductors_own(compiler, *arguments, **named)
+    task = functools.partial(_compile_here, torch.cuda.current_device(), _inductors_own, compiler, *arguments, **named)
+    return _threads().submit(contextvars.copy_context().run, task)
 
 
 def _compile_here(device: int, compile_kernel: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
