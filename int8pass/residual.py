@@ -1,8 +1,8 @@
 """The sum with a residual is made by the linear before it, where a kernel of the device does that in its epilogue.
 
 Requires: fused ops. Ensures: every sum of a linear that nothing else reads and of a tensor laid out like its result is
-a `linear_…_add`, and the norm that took the sum takes its result, where the chosen implementation is one kernel: the sum
-is then written once and read once, and never apart from the linear's result, which is rounded once instead of twice.
+a `linear_…_add`, and the norm that took the sum takes its result, where the chosen implementation is one kernel: the
+sum is then written once and read once, never apart from the linear's result, which is rounded once instead of twice.
 """
 
 from __future__ import annotations
