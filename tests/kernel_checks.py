@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import attention_samples
 import hilo_samples
 import torch
 from torch import Tensor
@@ -373,6 +374,8 @@ def hard_samples(name: str, device: torch.device) -> Iterator[Sample]:
         yield from _w8a8_group_samples(device)
     elif name == "linear_w8a16":
         yield from _w8a16_samples(device)
+    elif name == "attention":
+        yield from attention_samples.samples(device)
     else:
         for index, (label, x) in enumerate(_rows(device)):
             yield from _row_op_samples(name, label, x, index)

@@ -191,3 +191,30 @@ def test_hilo_rows(monkeypatch: pytest.MonkeyPatch, k: int, symmetric: bool) -> 
         shared = 2 if wrapper is hilo.quantize_hilo_rows else 1
         assert shared * 32 * launch.options["num_warps"] * code.registers <= 65536
         assert re.search(r"ld\.global\.v4\.b32", code.ptx), "16-byte loads"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "heads", "groups", "tokens", "keys", "channels"),
+    [(1, 32, 8, 1, 1, 128), (64, 32, 8, 1, 4096, 128), (1, 32, 8, 16, 4096, 128), (4, 16, 16, 64, 512, 256)],
+)
+def test_few_queries(
+    monkeypatch: pytest.MonkeyPatch, batch: int, heads: int, groups: int, tokens: int, keys: int, channels: int,
+    masked: bool,
+) -> None:  # fmt: skip
+    from lowering.triton import attention
+
+    query = empty(batch, heads, tokens, channels)
+    cache = empty(batch, groups, keys, channels)
+    mask = empty(batch, 1, 1, keys, dtype=torch.bool) if masked else None
+    args = (query, cache, cache, mask, False, 0.1)
+    found = [compile_for_sm90(launch) for launch in launches(monkeypatch, attention.attention_few_queries, *args)]
+    assert len(found) == (2 if keys > 1 and batch < 64 else 1), "parts of the keys are joined by a second kernel"
+    assert all(code.stack == 0 for code in found), "spills"
+    assert all(code.shared <= 227 * 1024 for code in found)
+    assert re.search(r"(wgmma\.mma_async\.sync\.aligned\.m64n\d+k16|mma\.sync\.aligned\.m16n8k16).*bf16", found[0].ptx)
+    assert "cp.async" in found[0].ptx or keys == 1

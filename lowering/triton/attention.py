@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from lowering.ops.attention import attention
-from lowering.triton.launch import INTERPRETED, expected_rows, rounded, traceable, wrap_triton, writes
+from lowering.triton.launch import INTERPRETED, empty, expected_rows, rounded, traceable, wrap_triton, writes
 
 MOST_ROWS = 64  # queries of all heads that share keys: the rows of a tile
 MOST_CHANNELS = 256
@@ -54,7 +54,7 @@ def _few_queries_kernel(
     sum of a part's powers of two, by which its result is weighed against those of other parts.
     """
     batch = (tl.program_id(0) // (H // SHARED)).to(tl.int64)
-    group = tl.program_id(0) % (H // SHARED)
+    group = (tl.program_id(0) % (H // SHARED)).to(tl.int64)  # a cache of many keys has heads 2^31 elements apart
     part = tl.program_id(1)
     row = tl.arange(0, ROWS)
     token, head = row // SHARED, group * SHARED + row % SHARED
@@ -76,7 +76,7 @@ def _few_queries_kernel(
         if CAUSAL:
             seen &= at[None, :] <= token[:, None]
         if mask is not None:
-            places = mask + batch * m_batch + (head * m_head + token * m_token).to(tl.int64)[:, None]
+            places = mask + batch * m_batch + (head * m_head + token * m_token)[:, None]
             given = tl.load(places + at.to(tl.int64)[None, :] * m_key, mask=seen, other=0)
             if mask.dtype.element_ty.is_floating():
                 scores += given.to(tl.float32) * LOG2_E
@@ -177,9 +177,11 @@ def attention_few_queries(
     batch, heads, tokens, depth = query.shape
     groups, keys, width = key.shape[1], key.shape[2], value.shape[3]
     query, key, value = (x if statically_known_true(x.stride(-1) == 1) else x.contiguous() for x in (query, key, value))
-    parts = _parts(batch * groups, keys)
     shape = (batch, tokens, heads, width)
     out = torch.empty(shape, dtype=query.dtype, device=query.device)
+    if empty(batch):
+        return out.transpose(1, 2)
+    parts, block = _parts(batch * groups, keys), _block(keys, depth, width)
     apart = extent = None
     if parts > 1:
         apart = torch.empty((parts, *shape), dtype=torch.float32, device=query.device)
@@ -187,9 +189,10 @@ def attention_few_queries(
     wrap_triton(_few_queries_kernel)[(batch * groups, parts)](
         query, *query.stride()[:3], key, *key.stride()[:3], value, *value.stride()[:3],
         mask, *_mask_strides(mask), out if apart is None else apart, extent, scale, batch, keys,
-        triton.cdiv(keys, parts), H=heads, T=tokens, SHARED=heads // groups, D=depth, E=width, CAUSAL=causal,
-        ROWS=_tile(tokens * heads // groups), BLOCK=_block(keys, depth, width), BLOCK_D=_tile(depth),
-        BLOCK_E=_tile(width), num_warps=4, num_stages=_stages(batch * groups),
+        triton.cdiv(keys, parts * block) * block,
+        H=heads, T=tokens, SHARED=heads // groups, D=depth, E=width, CAUSAL=causal,
+        ROWS=_tile(tokens * heads // groups), BLOCK=block, BLOCK_D=_tile(depth), BLOCK_E=_tile(width),
+        num_warps=4, num_stages=_stages(batch * groups),
     )  # fmt: skip
     if apart is not None:
         count = batch * tokens * heads
