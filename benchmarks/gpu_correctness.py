@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu_correctness [OUT.json]
 
-All samples of all ops and the hard shapes of the kernel tests, in poisoned memory; then linear layers and row kernels
-at the sizes of a Llama-3-8B, each checked before it is timed. Times are medians over replays of a CUDA graph; weights
-rotate through more memory than the L2 cache holds.
+All samples of all ops and the hard shapes of the kernel tests, in poisoned memory; then linear layers, row kernels and
+attention of few queries at the sizes of a Llama-3-8B, each checked before it is timed. Times are medians over replays
+of a CUDA graph; what is read rotates through more memory than the L2 cache holds.
 """
 
 from __future__ import annotations
@@ -170,6 +170,42 @@ def row_speed() -> list[dict[str, Any]]:
     return records
 
 
+ATTENTION = [  # batch, heads, heads of keys, queries, keys, channels
+    *[(batch, 32, 8, 1, keys, 128) for batch in (1, 16, 64) for keys in (1, 128, 1024, 4096)],
+    (1, 32, 8, 1, 16384, 128),
+    (16, 32, 32, 1, 1024, 128),
+    (16, 9, 3, 1, 1024, 64),
+    (16, 32, 8, 4, 1024, 128),
+    (1, 32, 8, 16, 4096, 128),
+    (8, 12, 12, 64, 64, 64),
+    (8, 12, 12, 64, 512, 64),
+    (8, 12, 12, 64, 4096, 64),
+    (8, 12, 12, 32, 4096, 64),
+]
+
+
+def attention_speed() -> list[dict[str, Any]]:
+    """The kernel for few queries beside what takes its place without it: bf16, with and without a mask of keys."""
+    records = []
+    op = all_ops()["attention"]
+    for b, h, g, t, s, d in ATTENTION:
+        copies = max(1, min(24, -(-3 * L2_BYTES // (4 * b * g * s * d))))
+        sizes = ((b, h, t, d), (b, g, s, d), (b, g, s, d))
+        given = [tuple(torch.randn(n, device=CUDA, dtype=torch.bfloat16) for n in sizes) for _ in range(copies)]
+        record: dict[str, Any] = {"batch": b, "heads": h, "key heads": g, "queries": t, "keys": s, "channels": d}
+        for name, mask in [("plain", None), ("masked", torch.rand(b, 1, 1, s, device=CUDA) > 0.2)]:
+            calls = [(*qkv, mask, False, d**-0.5) for qkv in given]
+            ours = op.choose("triton", calls[0])
+            assert ours.name == "triton:attention_few_queries", record
+            instead = next(i for i in op.implementations if i is not ours and i.refuses(calls[0]) is None)
+            error, failure = check(op, ours, calls[0])
+            assert failure is None, f"{name} {record}: {failure}"
+            times = [microseconds([lambda f=i.function, a=a: f(*a) for a in calls]) for i in (ours, instead)]
+            record[name] = {"us": times[0], "instead us": times[1], "instead": instead.name, "error": error}
+        records.append(record)
+    return records
+
+
 def main() -> int:
     if not torch.cuda.is_available():
         print("no CUDA device: nothing measured", file=sys.stderr)
@@ -200,6 +236,7 @@ def main() -> int:
         return 0 if passed == len(results) else 1
     report["linear"] = linear_speed()
     report["rows"] = row_speed()
+    report["attention"] = attention_speed()
     for r in report["linear"]:
         rates = "  ".join(
             f"{kind} {r[kind]['us']:8.1f} us {r[kind]['tflops']:7.1f} T {r[kind]['weight_gb_per_s']:7.1f} GB/s"
@@ -208,6 +245,10 @@ def main() -> int:
         print(f"M={r['m']:<5} N={r['n']:<6} K={r['k']:<6} {rates}")
     for r in report["rows"]:
         print(f"M={r['m']:<5} {r['op']:<24} {r['us']:8.1f} us {r['gb_per_s']:7.1f} GB/s")
+    for r in report["attention"]:
+        shape = " x ".join(str(r[name]) for name in ("batch", "heads", "key heads", "queries", "keys", "channels"))
+        rates = "  ".join(f"{k} {r[k]['us']:7.1f} us for {r[k]['instead us']:7.1f}" for k in ("plain", "masked"))
+        print(f"{shape:<32} {rates}")
     out.write_text(json.dumps(report, indent=1) + "\n")
     return 0 if passed == len(results) else 1
 

@@ -36,6 +36,8 @@ HARD = (
     "hard-ragged",
     "hard-code_outliers",
     "hard-last_block",
+    "hard-one_query",
+    "hard-parts",
 )
 
 

@@ -17,6 +17,7 @@ from test_real_model import FirstLayers, smollm2
 from torch import Tensor, nn
 
 from int8pass import lower
+from int8pass.backend import int8
 from lowering.ops.attention import attention
 from lowering.registry import random_tensor
 
@@ -93,16 +94,17 @@ def test_a_decode_step_takes_our_kernel(masked: bool) -> None:
 @given(
     b=st.integers(1, 2), groups=st.integers(1, 2), shared=st.integers(1, 4), t=st.integers(1, 9), s=st.integers(1, 300),
     d=st.integers(1, 70), e=st.integers(1, 70), programs=st.integers(1, 40),
-    kind=st.sampled_from(["none", "causal", "bool", "bool of heads", "float32", "bfloat16", "of keys"]),
+    kind=st.sampled_from(["none", "causal", "bool", "bool of heads", "float32", "bfloat16", "of keys", "of queries"]),
 )  # fmt: skip
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_size_mask_and_number_of_parts(
     run_triton: Callable[..., Any], b: int, groups: int, shared: int, t: int, s: int, d: int, e: int, programs: int,
     kind: str,
 ) -> None:  # fmt: skip
     q, k, v = inputs(b, groups * shared, groups, t, s, d, e)
     generator = torch.Generator().manual_seed(7)
-    shape = {"bool of heads": (b, groups * shared, t, s), "of keys": (b, 1, 1, s)}.get(kind, (t, s))
+    shapes = {"bool of heads": (b, groups * shared, t, s), "of keys": (b, 1, 1, s), "of queries": (b, 1, t, 1)}
+    shape = shapes.get(kind, (t, s))
     mask = torch.rand(shape, generator=generator) > 0.4
     mask[..., 0] = True
     if "float" in kind:
@@ -130,6 +132,15 @@ def test_hidden_keys_and_nan_stay_where_they_are(run_triton: Callable[..., Any])
         assert after[1, :2, :2].isnan().all(), "heads 0 and 1 share these keys, and queries 0 and 1 see them"
         after[1, :2, :2] = found[1, :2, :2]
         assert torch.equal(after, found)
+
+
+@on_triton
+@pytest.mark.parametrize(("batch", "keys"), [(0, 5), (2, 0)])
+def test_nothing_to_compute(run_triton: Callable[..., Any], batch: int, keys: int) -> None:
+    q, k, v = (x.to(DEVICE) for x in inputs(2, 4, 2, 3, 5, 16, 24))
+    found = run_triton(compute, (q[:batch], k[:batch, :, :keys], v[:batch, :, :keys], None, False, 0.2))
+    assert found.shape == (batch, 4, 3, 24)
+    assert not found.any()
 
 
 @on_triton
@@ -178,7 +189,7 @@ def test_heads_further_apart_than_int32_counts() -> None:
 def test_compiled_with_a_cache_that_grows(masked: bool) -> None:
     model, _ = step(masked, 1)
     model.to(DEVICE)
-    compiled = torch.compile(model, backend="int8", fullgraph=True, dynamic=True)
+    compiled = torch.compile(model, backend=int8, fullgraph=True, dynamic=True)
     for keys in (37, 700, 5):
         args = tuple(x.to(DEVICE) for x in step(masked, keys)[1])
         wide = tuple(x.float() if x.is_floating_point() else x for x in args)
