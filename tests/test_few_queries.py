@@ -12,7 +12,7 @@ from harness import relative_error, run_pass
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_attention import exact, inputs
-from test_kernels import CPU, DEVICE, needs_gpu, needs_triton, on_triton, run_triton
+from test_kernels import CPU, DEVICE, GPU, needs_gpu, needs_triton, on_triton, run_triton
 from test_real_model import FirstLayers, smollm2
 from torch import Tensor, nn
 
@@ -96,7 +96,7 @@ def test_a_decode_step_takes_our_kernel(masked: bool) -> None:
     d=st.integers(1, 70), e=st.integers(1, 70), programs=st.integers(1, 40),
     kind=st.sampled_from(["none", "causal", "bool", "bool of heads", "float32", "bfloat16", "of keys", "of queries"]),
 )  # fmt: skip
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12 if GPU else 40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_size_mask_and_number_of_parts(
     run_triton: Callable[..., Any], b: int, groups: int, shared: int, t: int, s: int, d: int, e: int, programs: int,
     kind: str,
@@ -216,6 +216,10 @@ def test_what_our_kernel_does_not_take() -> None:
     assert "16-bit floats" in refusal(q, k, v.half())
     assert "masks of bool" in refusal(q, k, v, torch.zeros(3, 30, dtype=torch.int32))
     assert "64 that share keys" in refusal(q.repeat(1, 1, 11, 1), k, v)
+    assert refusal(q, q, q, torch.ones(3, 3, dtype=torch.bool)) == refusal(q, q, q) == ""
+    long = q.repeat(1, 1, 200, 1)
+    assert "shared or masked" in refusal(q, long, long)
+    assert refusal(q, long, long, torch.ones(1, 600, dtype=torch.bool)) == ""
     assert "256 channels" in refusal(*(x.repeat(1, 1, 1, 17) for x in (q, k, v)))
 
 

@@ -18,8 +18,10 @@ from lowering.triton.launch import INTERPRETED, empty, expected_rows, rounded, t
 
 MOST_ROWS = 64  # queries of all heads that share keys: the rows of a tile
 MOST_CHANNELS = 256
-# Keys are shared out until there are two programs for each of 132 multiprocessors, unless one would get fewer keys.
-PROGRAMS, FEWEST_KEYS = 264, 128
+# Keys are shared out until there is a program for each of 132 multiprocessors, unless one would get fewer keys.
+PROGRAMS, FEWEST_KEYS = 132, 128
+# Where heads share no keys and nothing is masked, PyTorch's kernels are as fast with one query, and faster with many.
+MOST_KEYS_ALONE = 512
 LOG2_E = tl.constexpr(math.log2(math.e))
 NOTHING = tl.constexpr(-1e30)  # of a part whose keys are all hidden: finite, as the parts' weights are a softmax of it
 
@@ -165,6 +167,8 @@ def _few_queries(
         return "the kernel for few queries needs heads, queries and channels of fixed size, at least 1"
     if tokens * heads // groups > MOST_ROWS or max(sizes[3:]) > MOST_CHANNELS:
         return f"the kernel for few queries takes {MOST_ROWS} that share keys, of up to {MOST_CHANNELS} channels"
+    if heads == groups and mask is None and not statically_known_true(key.shape[2] <= MOST_KEYS_ALONE):
+        return f"of more than {MOST_KEYS_ALONE} keys the kernel for few queries takes what is shared or masked"
     return True
 
 
@@ -211,7 +215,7 @@ def _parts(pairs: Any, keys: Any) -> int:
 
 def _stages(pairs: Any) -> int:
     """Blocks of keys under way: more where a multiprocessor has few programs."""
-    return 3 if expected_rows(pairs) <= PROGRAMS else 2
+    return 3 if expected_rows(pairs) <= 2 * PROGRAMS else 2
 
 
 def _block(keys: Any, depth: int, width: int) -> int:
