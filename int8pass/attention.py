@@ -31,6 +31,8 @@ def fuse_attention(node: fx.Node, edit: Edit) -> fx.Node | None:
     single_key, single_value = _before_repeat(key), _before_repeat(value)
     if _equal(_shape(single_key)[:2], _shape(single_value)[:2]):
         key, value = single_key, single_value
+    if not _agree(_shape(query), _shape(key), _shape(value), _shape(node)):
+        return None
     arguments = (query, key, value, mask, causal, depth**-0.5 if scale is None else float(scale))
     return edit.call(attention_ops.attention.overload, *arguments, before=node)
 
@@ -50,6 +52,15 @@ def _before_repeat(node: Any) -> fx.Node:
     (b, g, s, d), repeated = _shape(source), _shape(node.args[0])
     same = _equal((*repeated[:2], *repeated[3:]), (b, g, s, d)) and _equal(_shape(node), (b, g * repeated[2], s, d))
     return source if same else node
+
+
+def _agree(query: tuple[Any, ...], key: tuple[Any, ...], value: tuple[Any, ...], result: tuple[Any, ...]) -> bool:
+    """Provably nothing is broadcast: every sequence has queries, keys and values, every head its keys or a share."""
+    heads, groups = query[1], key[1]
+    if not (isinstance(heads, int) and isinstance(groups, int)) or groups == 0 or heads % groups:
+        return False
+    # Keys are as many as values in any call that is none of an error; of symbols that need not be known yet.
+    return _equal(key[:2], (query[0], groups)) and _equal(value[:2], key[:2]) and _equal(result, (*query[:3], value[3]))
 
 
 def _shape(node: Any) -> tuple[Any, ...]:

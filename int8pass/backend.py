@@ -46,7 +46,7 @@ def int8(
     """
     settings = Options.parse(options, mode)
     _refuse_gradients(example_inputs)
-    within = prepare(example_inputs)
+    preparation = prepare(example_inputs)
     program = from_dynamo(gm, example_inputs)
     facts = pipeline.to_portable(program, settings.recipe)
     results = _results(program)
@@ -59,7 +59,7 @@ def int8(
     release = _releaser(constants, example_inputs) if settings.free_weights else None
     compiled = Compiled(program.placeholders, constants, _STORE, example_inputs, counts_overflow, release)
     compiled.function = compile_with_inductor(
-        program, compiled.inputs(example_inputs), dict(settings.inductor), within=within
+        program, compiled.inputs(example_inputs), dict(settings.inductor), preparation=preparation
     )
     _COMPILED.add(compiled)
     return compiled

@@ -11,7 +11,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -84,20 +84,29 @@ def load_target(target: str) -> None:
         import lowering.cpu  # noqa: F401
 
 
-def prepare(inputs: Sequence[Any]) -> Callable[[], AbstractContextManager[None]]:
-    """Let the target of these inputs begin to build what it needs, beside the stages that come before lowering; returns
-    what Inductor should work within, once it has the graph (`compile_with_inductor`)."""
+class Preparation(NamedTuple):
+    """What `compile_with_inductor` owes to what was begun: to call `before`, and to let Inductor compile `within`."""
+
+    before: Callable[[], None] = lambda: None
+    within: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+UNPREPARED = Preparation()
+
+
+def prepare(inputs: Sequence[Any]) -> Preparation:
+    """Let the target of these inputs begin to build what it needs, beside the stages that come before lowering."""
     devices = {v.device.type for v in inputs if isinstance(v, Tensor)}
     if "cuda" in devices:
         from lowering.triton import ahead
 
         ahead.prepare(torch.device("cuda"))
-        return ahead.beside_inductor
+        return Preparation(ahead.workers_started, ahead.beside_inductor)
     if devices == {"cpu"}:
         from lowering.cpu import native
 
         native.prepare()
-    return nullcontext
+    return UNPREPARED
 
 
 def lift_constants(program: Program) -> list[Constant]:
@@ -252,22 +261,22 @@ def compile_with_inductor(
     inputs: Sequence[Any],
     config: dict[str, Any],
     inner_compile: Callable[..., Any] = compile_fx_inner,
-    within: Callable[[], AbstractContextManager[None]] = nullcontext,
+    preparation: Preparation = UNPREPARED,
 ) -> Callable[..., Any]:
     """Inductor on the lowered graph; `config` patches its configuration for this compilation only.
 
-    `inner_compile` stands where Inductor compiles what AOTAutograd made of the graph (inspection looks on there), which
-    it does `within` what `prepare` gave.
+    `inner_compile` stands where Inductor compiles what AOTAutograd made of the graph (inspection looks on there).
     """
 
     def compile_inner(*args: Any, **named: Any) -> Any:
-        with within():
+        with preparation.within():
             return inner_compile(*args, **named)
 
     program.graph.eliminate_dead_code()
     program.graph.lint()
     program.gm.recompile()
     _keep_static(program, inputs[len(program.placeholders) :])
+    preparation.before()
     with torch.no_grad(), asked_once():
         function = compile_fx(program.gm, list(inputs), compile_inner, config_patches=_SETTINGS | config)
     assert callable(function)

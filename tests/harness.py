@@ -157,7 +157,7 @@ class Spy:
         self.graphs = 0
 
     def __call__(
-        self, program: Program, inputs: Sequence[Any], config: dict[str, Any], within: Callable[[], Any]
+        self, program: Program, inputs: Sequence[Any], config: dict[str, Any], preparation: Any
     ) -> Callable[..., Any]:
         self.config, self.ops = config, count_ops(program)
         self.graphs += 1

@@ -88,6 +88,38 @@ def test_keys_are_taken_before_they_are_repeated(form: str, heads: int, monkeypa
     assert torch.equal(result.output, before.output), "where PyTorch computes it, nothing changes"
 
 
+@pytest.mark.parametrize(
+    ("query", "key", "value"),
+    [
+        ((1, 4, 20, 16), (2, 4, 30, 16), (2, 4, 30, 16)),  # latents that read every sequence
+        ((2, 4, 20, 16), (1, 4, 30, 16), (1, 4, 30, 16)),
+        ((2, 4, 20, 16), (2, 2, 30, 16), (2, 1, 30, 16)),
+        ((2, 1, 20, 16), (2, 4, 30, 16), (2, 4, 30, 16)),
+    ],
+)
+def test_what_is_broadcast_stays_as_it_is(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]) -> None:
+    """Our kernels take as many sequences and heads of each; PyTorch's function takes these, or says why not."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.o = nn.Linear(16, 8)
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if key[1] != value[1]:
+                k, v = repeat(k, 2), v.expand(-1, 4, -1, -1)
+            return self.o(F.scaled_dot_product_attention(q, k, v))
+
+    torch.manual_seed(0)
+    model = Model().bfloat16().requires_grad_(False)
+    args = tuple(torch.randn(shape).bfloat16() for shape in (query, key, value))
+    result = run_pass(model, args, "w8a16")
+    shared = key[1] != value[1]  # repeated, they are as many
+    assert (result.ops["attention"], result.ops["scaled_dot_product_attention"]) == ((1, 0) if shared else (0, 1))
+    assert result.output.shape == model(*args).shape
+    assert relative_error(result.output, model(*args)) < 0.02
+
+
 def test_dropout_stays_as_it_is() -> None:
     model, x = built("dropout")
     assert run_pass(model, x, "w8a16").ops["attention"] == 0

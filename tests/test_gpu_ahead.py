@@ -12,6 +12,7 @@ import pytest
 import torch
 import triton
 from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.codecache import CodeCacheFuture
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowering.triton import ahead
@@ -82,7 +83,7 @@ def test_threads_stand_in_for_processes(monkeypatch: pytest.MonkeyPatch) -> None
     with ahead.beside_inductor():
         compiler = AsyncCompile()
         scope = {"one": compiler.triton("one", "source"), "two": compiler.triton("two", "source", device_str="cuda")}
-        assert all(isinstance(kernel, Future) for kernel in scope.values())
+        assert all(isinstance(kernel, CodeCacheFuture) for kernel in scope.values())
         compiler.wait(scope)
     assert scope == {"one": "ONE", "two": "TWO"}
     assert {call[0] for call in inductor.calls} == {"one", "two"}
@@ -116,9 +117,39 @@ def test_compilations_may_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
-    assert isinstance(AsyncCompile().triton("one", "source"), Future)
+    assert isinstance(AsyncCompile().triton("one", "source"), CodeCacheFuture)
     second.__exit__(None, None, None)
     assert AsyncCompile.triton is inductor.original
+
+
+def test_processes_are_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a thread of ours, however many compilations begin; Inductor, which asks for them too, comes after it."""
+    asked: list[str] = []
+    begun, answer = threading.Event(), threading.Event()
+
+    def use_process_pool(cls: type) -> bool:
+        asked.append(threading.current_thread().name)
+        begun.set()
+        answer.wait(10)
+        asked.append("there")
+        return True
+
+    monkeypatch.setattr(AsyncCompile, "use_process_pool", classmethod(use_process_pool))
+    monkeypatch.setattr(ahead, "possible", lambda device: True)
+    monkeypatch.setattr(ahead, "triton_key", lambda: "")
+    monkeypatch.setattr(ahead, "_driver", lambda: None)
+    monkeypatch.setattr(ahead, "_prepared", [])
+    threads = [threading.Thread(target=ahead.prepare, args=(torch.device("cuda"),)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert begun.wait(10)
+    threading.Timer(0.05, answer.set).start()
+    ahead.workers_started()
+    assert len(asked) == 2
+    assert asked[0].startswith("int8pass-compile")
+    assert asked[1] == "there"
 
 
 class Worker:

@@ -102,4 +102,10 @@ def test_asynchronous_wgmma(
     for wait in waits:
         between = code.ptx[wait : code.ptx.index("mbarrier.arrive.shared", wait)]
         assert "bar.sync" in between
+    # The buffers of a residual are read as by any thread and filled again by TMA, which a fence puts in order.
+    for read in [m.end() for m in re.finditer(r"mbarrier\.try_wait", code.ptx)]:
+        freed = code.ptx.find("mbarrier.arrive.shared", read)
+        between = code.ptx[read:freed]
+        if "ldmatrix" in between and "wgmma" not in between:
+            assert "fence.proxy.async" in between[between.rindex("ldmatrix") :]
     assert "setmaxnreg.dec.sync.aligned.u32" in code.ptx, "one warp loads, the others multiply"

@@ -97,6 +97,35 @@ def test_other_sums_stay() -> None:
     assert relative_error(found.output, model(x)) < 0.02
 
 
+@torch.library.custom_op("mylib::add", mutates_args=())
+def another_add(x: Tensor, y: Tensor) -> Tensor:
+    return x + 3 * y
+
+
+another_add.register_fake(lambda x, y: torch.empty_like(x))
+
+
+class Another(nn.Module):
+    """Before a norm and at the end: an operator that has the name of a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.a, self.b = nn.RMSNorm(64), nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = another_add(x, self.a(x))
+        return another_add(x, self.b(self.norm(x)))
+
+
+@pytest.mark.usefixtures("in_epilogues")
+def test_an_operator_of_that_name_is_no_sum() -> None:
+    model, x = inputs(Another)
+    found = run_pass(model, x, "w8a8")
+    assert found.ops["mylib::add"] == 2
+    assert found.ops["linear_w8a8_add"] == found.ops["add_norm_quantize"] == 0
+    assert relative_error(found.output, model(x)) < 0.02
+
+
 class Sum(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -16,15 +16,19 @@ from typing import Any
 import torch
 from torch import fx
 
+from lowering.registry import NAMESPACE
+
 Bindings = dict[str, Any]
 
 CASTS = {"to", "_to_copy", "type_as"}
 
 
 def op_name(node: object) -> str:
-    """ATen's name of a call without overload ("add"), or "" for anything that is not an ATen call."""
+    """Name of a call of ATen or of ours, without namespace and overload ("add"); of other operators with the namespace
+    ("mylib::add"), since they are something else; "" for anything that calls no operator."""
     if isinstance(node, fx.Node) and node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.split("::")[1]
+        namespace, name = node.target._schema.name.split("::")
+        return name if namespace == "aten" or namespace.startswith(NAMESPACE) else f"{namespace}::{name}"
     return ""
 
 

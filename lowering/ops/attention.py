@@ -36,7 +36,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, ca
 
     Q [B, H, T, D], K [B, G, S, D], V [B, G, S, E]. H is a multiple of G: consecutive heads share keys and values
     (arXiv 2305.13245). `mask` broadcasts to [B, H, T, S]: bool, true where a key is seen, or floats that are added;
-    `causal` shows query t the keys up to t.
+    `causal` shows query t the keys up to t. A query that sees no key is 0. Nothing but the mask is broadcast.
+    What hidden keys hold, counts for nothing; where it is NaN or infinite, implementations may differ.
     """
     shared = query.shape[1] // key.shape[1]
     if shared != 1:

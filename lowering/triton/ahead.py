@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import triton
 from torch._inductor.async_compile import AsyncCompile, get_compile_threads
-from torch._inductor.codecache import CodeCacheFuture
+from torch._inductor.codecache import CodeCacheFuture, LambdaFuture
 from triton.runtime.cache import triton_key
 
 log = logging.getLogger(__name__)
@@ -59,8 +59,16 @@ def prepare(device: torch.device) -> None:
 
     On Python 3.12 PyTorch 2.11 starts them when it has the first kernel to compile, and they are not ready then.
     """
-    if not _prepared and possible(device):
-        _prepared.extend(_threads().submit(task) for task in (_start_workers, triton_key, _driver))
+    with _one_at_a_time:
+        if not _prepared and possible(device):
+            _prepared.extend(_threads().submit(task) for task in (_start_workers, triton_key, _driver))
+
+
+def workers_started() -> None:
+    """Until Inductor's processes have been asked for. It asks for them itself, and two threads at once would make two
+    pools of them."""
+    if _prepared:
+        _prepared[0].exception()
 
 
 def _start_workers() -> None:
@@ -105,7 +113,8 @@ def _in_a_thread(compiler: AsyncCompile, *arguments: Any, **named: Any) -> Any:
     if triton.knobs.runtime.interpret or get_compile_threads() <= 1 or compiler.use_process_pool():
         return _inductors_own(compiler, *arguments, **named)
     task = functools.partial(_compile_here, torch.cuda.current_device(), _inductors_own, compiler, *arguments, **named)
-    return _threads().submit(contextvars.copy_context().run, task)
+    running = _threads().submit(contextvars.copy_context().run, task)
+    return LambdaFuture(running.result, running)
 
 
 def _compile_here(device: int, compile_kernel: Callable[..., Any], *arguments: Any, **named: Any) -> Any:

@@ -14,7 +14,16 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from lowering.ops.attention import attention
-from lowering.triton.launch import INTERPRETED, empty, expected_rows, rounded, traceable, wrap_triton, writes
+from lowering.triton.launch import (
+    INTERPRETED,
+    UNKNOWN_ROWS,
+    empty,
+    expected_rows,
+    rounded,
+    traceable,
+    wrap_triton,
+    writes,
+)
 
 MOST_ROWS = 64  # queries of all heads that share keys: the rows of a tile
 MOST_CHANNELS = 256
@@ -23,7 +32,6 @@ PROGRAMS, FEWEST_KEYS = 132, 128
 # Where heads share no keys and nothing is masked, PyTorch's kernels are as fast with one query, and faster with many.
 MOST_KEYS_ALONE = 512
 LOG2_E = tl.constexpr(math.log2(math.e))
-NOTHING = tl.constexpr(-1e30)  # of a part whose keys are all hidden: finite, as the parts' weights are a softmax of it
 
 
 @triton.jit
@@ -32,6 +40,15 @@ def _load_rows(base, offsets, taken, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     channels = tl.arange(0, BLOCK)
     at = base + offsets[:, None] + channels[None, :]
     return tl.load(at, mask=taken[:, None] & (channels < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def _power(x, largest):
+    """`exp(x - largest)`; 0 where there is nothing, also where the largest is nothing.
+
+    Differences come before the factor: a mask of the least finite float stays finite, as in the reference.
+    """
+    return tl.exp2((x - tl.where(largest == float("-inf"), 0.0, largest)) * LOG2_E)
 
 
 @triton.jit
@@ -52,8 +69,8 @@ def _few_queries_kernel(
 ):  # fmt: skip
     """One batch element, one head of keys and the queries that share it; `KEYS` of its keys.
 
-    Online softmax (arXiv 2205.14135, algorithm 1). Where keys are shared out among programs, `extent` takes log2 of the
-    sum of a part's powers of two, by which its result is weighed against those of other parts.
+    Online softmax (arXiv 2205.14135, algorithm 1). Where keys are shared out among programs, `extent` takes the
+    largest score of each part and its sum of powers, by which its result is weighed against those of other parts.
     """
     batch = (tl.program_id(0) // (H // SHARED)).to(tl.int64)
     group = (tl.program_id(0) % (H // SHARED)).to(tl.int64)  # a cache of many keys has heads 2^31 elements apart
@@ -68,7 +85,7 @@ def _few_queries_kernel(
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, BLOCK_E], tl.float32)
     last = tl.minimum(S, (part + 1) * KEYS)
-    scale = tl.full([], scale, tl.float32) * LOG2_E
+    scale = tl.full([], scale, tl.float32)
     for start in range(part * KEYS, last, BLOCK):
         at = start + tl.arange(0, BLOCK)
         k = _load_rows(key, at.to(tl.int64) * k_token, at < last, D, BLOCK_D)
@@ -81,14 +98,13 @@ def _few_queries_kernel(
             places = mask + batch * m_batch + (head * m_head + token * m_token)[:, None]
             given = tl.load(places + at.to(tl.int64)[None, :] * m_key, mask=seen, other=0)
             if mask.dtype.element_ty.is_floating():
-                scores += given.to(tl.float32) * LOG2_E
+                scores += given.to(tl.float32)
             else:
                 seen &= given != 0
         scores = tl.where(seen, scores, float("-inf"))
         above = tl.maximum(largest, tl.max(scores, 1))
-        shift = tl.where(above == float("-inf"), 0.0, above)  # no key seen yet: no NaN from -inf - -inf
-        powers = tl.exp2(scores - shift[:, None])
-        before = tl.exp2(largest - shift)
+        powers = _power(scores, above[:, None])
+        before = _power(largest, above)
         total = total * before + tl.sum(powers, 1)
         sums = sums * before[:, None] + _product(rounded(powers, v.dtype), v)
         largest = above
@@ -98,7 +114,8 @@ def _few_queries_kernel(
     kept = exists[:, None] & (channels < E)[None, :]
     tl.store(out + place[:, None] * E + channels[None, :], rounded(sums, out.dtype.element_ty), mask=kept)
     if extent is not None:
-        tl.store(extent + place, tl.where(total == 0, NOTHING, largest + tl.log2(total)), mask=exists)
+        tl.store(extent + place, largest, mask=exists)
+        tl.store(extent + tl.num_programs(1).to(tl.int64) * B * T * H + place, total, mask=exists)
 
 
 @writes("out")
@@ -110,11 +127,13 @@ def _join_parts_kernel(
     place = tl.program_id(0).to(tl.int64)
     part, channels = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_E)
     exists = part < PARTS
-    sizes = tl.load(extent + part * COUNT + place, mask=exists, other=float("-inf"))
-    weights = tl.exp2(sizes - tl.max(sizes, 0))
+    largest = tl.load(extent + part * COUNT + place, mask=exists, other=float("-inf"))
+    sums = tl.load(extent + (PARTS + part) * COUNT + place, mask=exists, other=0.0)
+    weights = _power(largest, tl.max(largest, 0)) * sums
+    total = tl.sum(weights, 0)
     kept = exists[:, None] & (channels < E)[None, :]
     values = tl.load(parts + (part * COUNT + place)[:, None] * E + channels[None, :], mask=kept, other=0.0)
-    joined = tl.sum(values * weights[:, None], 0) / tl.sum(weights, 0)
+    joined = tl.sum(values * weights[:, None], 0) / tl.where(total == 0, 1.0, total)
     tl.store(out + place * E + channels, rounded(joined, out.dtype.element_ty), mask=channels < E)
 
 
@@ -189,7 +208,7 @@ def attention_few_queries(
     apart = extent = None
     if parts > 1:
         apart = torch.empty((parts, *shape), dtype=torch.float32, device=query.device)
-        extent = torch.empty((parts, *shape[:3]), dtype=torch.float32, device=query.device)
+        extent = torch.empty((2, parts, *shape[:3]), dtype=torch.float32, device=query.device)
     wrap_triton(_few_queries_kernel)[(batch * groups, parts)](
         query, *query.stride()[:3], key, *key.stride()[:3], value, *value.stride()[:3],
         mask, *_mask_strides(mask), out if apart is None else apart, extent, scale, batch, keys,
@@ -209,7 +228,9 @@ def attention_few_queries(
 
 def _parts(pairs: Any, keys: Any) -> int:
     """Programs among which the keys of one batch element and head are shared out."""
-    pairs, keys = expected_rows(pairs), expected_rows(keys)
+    # A cache that grows is short when its graph is compiled: parts without keys cost nothing then.
+    keys = keys if isinstance(keys, int) else max(expected_rows(keys), UNKNOWN_ROWS)
+    pairs = expected_rows(pairs)
     return max(1, min(PROGRAMS // max(1, pairs), keys // FEWEST_KEYS))
 
 

@@ -255,6 +255,7 @@ def _with_residual(
         mbarrier.wait(full.index(slot), (step // BUFFERS) & 1)
         if WIDE or part == i:
             y += ring.index(slot)._reinterpret(x.dtype, [PART, HALF], x.layout).load(LAYOUT).to(gl.float32)
+        fence_async_shared()  # the buffer is read here as by any thread, and filled again by TMA
         mbarrier.arrive(free.index(slot), count=1)
         step += 1
     return y, step
@@ -533,7 +534,8 @@ def _stand(tensor: Tensor | None, *shape: int) -> MockTensor | None:
 def _aligned(matrix: Tensor) -> Tensor:
     """Rows contiguous and 16-byte aligned, as TMA wants them."""
     aligned = matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
-    return matrix if aligned and matrix.stride(1) == 1 else matrix.clone(memory_format=torch.contiguous_format)
+    apart = matrix.stride(0) >= matrix.shape[1] and matrix.stride(1) == 1
+    return matrix if aligned and apart else matrix.clone(memory_format=torch.contiguous_format)
 
 
 def is_wide(m: int, n: int, multiprocessors: int) -> bool:

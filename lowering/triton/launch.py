@@ -50,6 +50,7 @@ def traceable(function: Callable[..., Any]) -> Callable[..., Any]:
     """Make a host wrapper the operator `int8pass_triton::<its name>`; the result keeps name and signature.
 
     The operator is made by the first call: for each PyTorch reads the wrapper's source, and a graph has few of them.
+    Dynamo cannot trace that first call, and never meets one: a lowered graph has been run on fake tensors before.
     """
 
     made: Any = None
