@@ -6,10 +6,13 @@ the interpreter is chosen once, when Triton is imported, and this process needs 
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import inspect
 import multiprocessing
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
@@ -17,6 +20,7 @@ from typing import Any
 import kernel_checks
 import pytest
 import torch
+from guarded import guarded
 from torch import Tensor
 
 import lowering.cpu
@@ -55,12 +59,17 @@ def find(op_name: str, target: str, name: str) -> tuple[Op, Implementation]:
 
 
 def check(op_name: str, target: str, name: str, label: str, device_name: str) -> None:
-    """Run one implementation on one sample, in poisoned memory, and compare. Its arguments must stay as they were."""
+    """Run one implementation on one sample, in poisoned memory, and compare. Its arguments must stay as they were.
+
+    Interpreted, a kernel that reads beyond one of them ends its process.
+    """
     op, implementation = find(op_name, target, name)
     args = samples_of(op, torch.device(device_name))[label].args
     if implementation.refuses(args) is not None:
         op.choose(target, args)  # another one must take what this one refuses
         return
+    if target == "triton":
+        args = tuple(guarded(a) for a in args)
     before = [a.clone() if isinstance(a, Tensor) else a for a in args]
     with kernel_checks.poisoned_memory():
         got = implementation.function(*args)
@@ -146,6 +155,27 @@ def test_a_triton_predicate_says_why_it_refuses() -> None:
         ops["linear_w8a8"].choose("triton", args)
     with pytest.raises(LoweringError, match="'swish' is none of silu"):
         ops["act_mul_quantize"].choose("triton", (torch.zeros(2, 3), torch.zeros(2, 3), "swish", None, True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the comparison rests on
+
+
+def _read(beyond: int) -> None:
+    x = guarded(torch.ones(3, 40)[:, ::2])
+    ctypes.c_float.from_address(x[-1, -1].data_ptr() + 4 * beyond).value
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is guarded on Linux")
+def test_a_read_beyond_a_tensor_ends_its_process() -> None:
+    for value in (torch.randn(3, 40)[:, ::2], torch.randn(1, 5).expand(4, 5), torch.tensor(2.0), torch.ones(0, 3)):
+        assert torch.equal(guarded(value), value)
+        assert guarded(value).stride() == value.stride()
+    for beyond, code in ((0, 0), (1, -signal.SIGSEGV)):
+        process = multiprocessing.get_context("spawn").Process(target=_read, args=(beyond,))
+        process.start()
+        process.join()
+        assert process.exitcode == code
 
 
 # ---------------------------------------------------------------------------------------------------------------------
