@@ -22,6 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import kernel_checks
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lowering.triton  # noqa: F401  (attaches the implementations)
 from lowering.registry import all_ops
@@ -34,6 +35,7 @@ HARD = (
     "hard-no_rows",
     "hard-123x7x123",
     "hard-ragged",
+    "hard-few-",
     "hard-code_outliers",
     "hard-last_block",
     "hard-one_query",
@@ -66,7 +68,8 @@ def main() -> int:
         parser.error(f"--part {given.part} --only {given.only!r} leaves nothing to run")
     for count, (op, implementation, label, args) in enumerate(chosen, 1):
         try:
-            kernel_checks.verify(op, args, implementation.function(*args))
+            with sdpa_kernel(SDPBackend.MATH):  # cuDNN's kernel reads a few bytes beyond a mask of odd length
+                kernel_checks.verify(op, args, implementation.function(*args))
         except AssertionError as error:
             wrong += 1
             print("WRONG", implementation.name, label, str(error).splitlines()[0])

@@ -50,6 +50,11 @@ def linear_samples(device: torch.device) -> Iterator[Sample]:
         ("shallow", (4100, 2080, 16), True, 1),
         ("narrow", (513, 4096, 1040), True, 5),
         ("all", (1030, 4096, 1024), False, -1),
+        ("few-even", (64, 4096, 4096), True, 2),
+        ("few-ragged", (17, 4640, 528), False, 3),
+        ("few-wide", (64, 27664, 1040), False, 4),  # three pieces, and less for the last program
+        ("few-deep", (33, 4096, 8256), True, 12),  # blocks of several steps
+        ("few-all", (40, 6160, 1024), False, -1),
     ]:
         x = random_tensor(m, k, device=device).clamp(-5, 5)
         generator = torch.Generator().manual_seed(m)

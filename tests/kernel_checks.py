@@ -273,19 +273,24 @@ def _w8a8_samples(device: torch.device) -> Iterator[Sample]:
 
 
 def _large_samples(device: torch.device) -> Iterator[Sample]:
-    """Enough tiles for the persistent kernel, ragged in every dimension."""
+    """For the Gluon kernels: enough tiles for the persistent one, few rows for the other, ragged in every dimension."""
     for label, (m, n, k), r, code_columns in [
         ("even", (2048, 4096, 512), 0, False),
         ("ragged", (1999, 4640, 528), 0, False),
         ("float_outliers", (1999, 4640, 528), 24, False),
         ("code_outliers", (2100, 4128, 1040), 64, True),
         ("shallow", (4100, 2080, 16), 8, False),
+        ("few-even", (64, 4096, 4096), 0, False),
+        ("few-ragged", (17, 4640, 528), 0, False),
+        ("few-float_outliers", (33, 6160, 1040), 24, False),
+        ("few-code_outliers", (64, 27664, 528), 64, True),  # three pieces, and less for the last program
+        ("few-shallow", (20, 2080, 16), 8, False),
     ]:
         codes, scale, zero = numerics.quantize_affine(random_tensor(m, k, device=device))
         w = random_tensor(n, k, device=device, seed=1)
         weight, weight_scale = numerics.quantize_weight(w)
         sums, bias = weight.sum(1, dtype=torch.int32), random_tensor(n, device=device, dtype=torch.bfloat16, seed=2)
-        affine = (zero, sums, bias) if r or label == "ragged" else (None, None, None)
+        affine = (zero, sums, bias) if r or label.endswith("ragged") else (None, None, None)
         columns = torch.arange(r, device=device) * (k // max(r, 1))
         outliers = random_tensor(m, r, device=device, dtype=torch.bfloat16, seed=4) if r else None
         right = w[:, columns].bfloat16().contiguous() if r and not code_columns else None
@@ -352,7 +357,7 @@ def hard_samples(name: str, device: torch.device) -> Iterator[Sample]:
             if device.type == "cuda" or len(weight) > 100:  # the interpreter takes its time, and sees the linear alone
                 residual = random_tensor(*shape, device=device, dtype=dtype, seed=6)
                 yield Sample(sample.label, (*sample.args, residual))
-            if sample.label in ("even", "ragged"):  # rows that TMA cannot read where they lie
+            if sample.label.endswith(("even", "ragged")):  # rows that TMA cannot read where they lie
                 odd = random_tensor(*shape[:-1], shape[-1] + 3, device=device, dtype=dtype, seed=7)[..., :-3]
                 yield Sample(f"{sample.label}-strided", (*sample.args, odd))
     elif name == "linear_w8a8_hilo":

@@ -88,6 +88,32 @@ def compile_for_sm90(launch: Launch) -> Compiled:
     return resources(triton.compile(source, target=SM90, options=dict(launch.options)))
 
 
+def compile_gluon(launch: Any) -> Compiled:
+    """What a `lowering.triton.hopper.Launch` of stand-ins compiles."""
+    from triton.experimental.gluon._runtime import GluonASTSource
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    names = [parameter.name for parameter in launch.kernel.params]
+    values = dict(zip(names, launch.arguments, strict=False)) | launch.constants
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        value = values[parameter.name]
+        if isinstance(value, TensorDescriptor):
+            rows, width = value.block_shape
+            signature[parameter.name] = f"tensordesc<{POINTER[value.base.dtype][1:]}[{rows}, {width}],{value.layout!r}>"
+        elif hasattr(value, "dtype"):
+            signature[parameter.name] = POINTER[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif parameter.is_constexpr or value is None or value == 1:
+            signature[parameter.name], constants[(i,)] = "constexpr", value
+        else:
+            signature[parameter.name] = "i32"
+    options = {name: value for name, value in launch.constants.items() if name not in names}
+    return resources(
+        triton.compile(GluonASTSource(launch.kernel, signature, constants, attributes), target=SM90, options=options)
+    )
+
+
 def resources(built: Any) -> Compiled:
     """What a compiled kernel uses, from its machine code."""
     with tempfile.TemporaryDirectory() as folder:

@@ -204,12 +204,13 @@ def test_a_worker_compiles_and_the_thread_finds_it(fate: str, monkeypatch: pytes
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("m", [384, 48])
 @pytest.mark.parametrize(("outliers", "hilo"), [(0, False), (32, False), (0, True)])
-def test_tracing_compiles_what_is_launched(outliers: int, hilo: bool) -> None:
+def test_tracing_compiles_what_is_launched(outliers: int, hilo: bool, m: int) -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the kernel of Hopper")
-    hopper = pytest.importorskip("lowering.triton.hopper", reason="needs Gluon")
-    m, n, k = 384, 1056, 528  # of no other test
+    wgmma = pytest.importorskip("lowering.triton.wgmma", reason="needs Gluon")
+    n, k = 1056, 528  # of no other test
 
     def arguments(device: str) -> tuple[object, ...]:
         codes = torch.ones(m, k, dtype=torch.int8, device=device)
@@ -239,10 +240,11 @@ def test_tracing_compiles_what_is_launched(outliers: int, hilo: bool) -> None:
         )
 
     with FakeTensorMode():
-        hopper.linear_wgmma(*arguments("cuda"))
+        wgmma.linear_wgmma(*arguments("cuda"))
     ahead.wait()
-    kernels = hopper._linear_w8a8_wgmma.device_caches[torch.cuda.current_device()][0]
+    kernel = wgmma.hopper_few.linear_w8a8_few if m <= 64 else wgmma.hopper._linear_w8a8_wgmma
+    kernels = kernel.device_caches[torch.cuda.current_device()][0]
     ready = len(kernels)
-    out = hopper.linear_wgmma(*arguments("cuda"))
+    out = wgmma.linear_wgmma(*arguments("cuda"))
     assert len(kernels) == ready, "the launch compiled another kernel"
     assert torch.equal(out, torch.full_like(out, k + outliers + 256 * 128 * hilo + bool(outliers or hilo)))

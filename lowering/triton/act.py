@@ -23,7 +23,18 @@ from lowering.triton.columns import (
     static_split,
     store_gathered,
 )
-from lowering.triton.launch import as_rows, empty, rounded, row_block, takes_rows, traceable, wrap_triton, writes
+from lowering.triton.launch import (
+    as_rows,
+    empty,
+    follow,
+    linked,
+    rounded,
+    row_block,
+    takes_rows,
+    traceable,
+    wrap_triton,
+    writes,
+)
 from lowering.triton.quantize import encode, outlier_output, row_extent, row_outputs, row_scale
 
 SILU = tl.constexpr(0)
@@ -67,8 +78,9 @@ def product(gate, up, cols, mask, ACT: tl.constexpr):
 def _act_mul_quantize_kernel(
     gate, gate_stride, up, up_stride, marks, codes, scale, zero_point, outliers,
     K: tl.constexpr, R: tl.constexpr, ACT: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    BLOCK_R: tl.constexpr, LINKED: tl.constexpr,
 ):  # fmt: skip
+    follow(LINKED)
     row = tl.program_id(0).to(tl.int64)
     gate += row * gate_stride
     up += row * up_stride
@@ -134,7 +146,8 @@ def _act_mul_quantize(
         wrap_triton(_act_mul_quantize_kernel)[(gates.count,)](
             gates.data, gates.stride, ups.data, ups.stride, split.marks, codes, scale,
             None if symmetric else zero_point, outliers if split.count else None,
-            K=k, ACT=CODE[act], SYMMETRIC=symmetric, BLOCK=block, num_warps=warps, **split.constants(),
+            K=k, ACT=CODE[act], SYMMETRIC=symmetric, BLOCK=block, LINKED=linked(gate.device, gates.count),
+            num_warps=warps, **split.constants(),
         )  # fmt: skip
     return codes, scale, zero_point, outliers
 

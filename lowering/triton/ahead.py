@@ -8,7 +8,7 @@ see would be compiled when the graph first reaches it: 0.5 to 1.3 s each, launch
 of its result seconds earlier, and knows all that the compiler needs: those processes get it, too.
 
 In a first call these processes may not be ready when the kernels are. Inductor then compiles one after the other, each
-waiting for an assembler that is a process of its own; here threads do it.
+waiting for an assembler that is a process of its own; here threads do it. And kernels that start early are said to.
 """
 
 from __future__ import annotations
@@ -108,13 +108,27 @@ def beside_inductor() -> Iterator[None]:
                 AsyncCompile.triton = _inductors_own  # type: ignore[method-assign]
 
 
-def _in_a_thread(compiler: AsyncCompile, *arguments: Any, **named: Any) -> Any:
+def _in_a_thread(compiler: AsyncCompile, name: str, source: str, *rest: Any, **named: Any) -> Any:
     """In the place of `AsyncCompile.triton`."""
+    arguments = (name, overlapping(source), *rest)
     if triton.knobs.runtime.interpret or get_compile_threads() <= 1 or compiler.use_process_pool():
         return _inductors_own(compiler, *arguments, **named)
     task = functools.partial(_compile_here, torch.cuda.current_device(), _inductors_own, compiler, *arguments, **named)
     running = _threads().submit(contextvars.copy_context().run, task)
     return LambdaFuture(running.result, running)
+
+
+def overlapping(source: str) -> str:
+    """What Inductor writes for a kernel that starts while the one before it runs (`lowering.triton.launch.linked`).
+
+    It launches its own kernels that way if what it writes beside them says so, and has no word for those it is given.
+    Without this word they are as right, and wait.
+    """
+    return (
+        source.replace("triton_meta={", "triton_meta={'launch_pdl': True, ", 1)
+        if "'LINKED': True" in source
+        else source
+    )
 
 
 def _compile_here(device: int, compile_kernel: Callable[..., Any], *arguments: Any, **named: Any) -> Any:

@@ -19,6 +19,8 @@ from lowering.triton.launch import (
     UNKNOWN_ROWS,
     empty,
     expected_rows,
+    follow,
+    linked,
     rounded,
     traceable,
     wrap_triton,
@@ -65,13 +67,14 @@ def _few_queries_kernel(
     query, q_batch, q_head, q_token, key, k_batch, k_head, k_token, value, v_batch, v_head, v_token,
     mask, m_batch, m_head, m_token, m_key, out, extent, scale, B, S, KEYS,
     H: tl.constexpr, T: tl.constexpr, SHARED: tl.constexpr, D: tl.constexpr, E: tl.constexpr, CAUSAL: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, LINKED: tl.constexpr,
 ):  # fmt: skip
     """One batch element, one head of keys and the queries that share it; `KEYS` of its keys.
 
     Online softmax (arXiv 2205.14135, algorithm 1). Where keys are shared out among programs, `extent` takes the
     largest score of each part and its sum of powers, by which its result is weighed against those of other parts.
     """
+    follow(LINKED)
     batch = (tl.program_id(0) // (H // SHARED)).to(tl.int64)
     group = (tl.program_id(0) % (H // SHARED)).to(tl.int64)  # a cache of many keys has heads 2^31 elements apart
     part = tl.program_id(1)
@@ -121,9 +124,11 @@ def _few_queries_kernel(
 @writes("out")
 @triton.jit
 def _join_parts_kernel(
-    parts, extent, out, COUNT, PARTS: tl.constexpr, E: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr
+    parts, extent, out, COUNT, PARTS: tl.constexpr, E: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr,
+    LINKED: tl.constexpr,
 ):  # fmt: skip
     """Results of `PARTS` parts of the keys → that of all, one query of one head to a program."""
+    follow(LINKED)
     place = tl.program_id(0).to(tl.int64)
     part, channels = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_E)
     exists = part < PARTS
@@ -206,6 +211,7 @@ def attention_few_queries(
         return out.transpose(1, 2)
     parts, block = _parts(batch * groups, keys), _block(keys, depth, width)
     apart = extent = None
+    overlaps = linked(query.device, batch * tokens)
     if parts > 1:
         apart = torch.empty((parts, *shape), dtype=torch.float32, device=query.device)
         extent = torch.empty((2, parts, *shape[:3]), dtype=torch.float32, device=query.device)
@@ -215,13 +221,13 @@ def attention_few_queries(
         triton.cdiv(keys, parts * block) * block,
         H=heads, T=tokens, SHARED=heads // groups, D=depth, E=width, CAUSAL=causal,
         ROWS=_tile(tokens * heads // groups), BLOCK=block, BLOCK_D=_tile(depth), BLOCK_E=_tile(width),
-        num_warps=4, num_stages=_stages(batch * groups),
+        LINKED=overlaps, num_warps=4, num_stages=_stages(batch * groups),
     )  # fmt: skip
     if apart is not None:
         count = batch * tokens * heads
         wrap_triton(_join_parts_kernel)[(count,)](
             apart, extent, out, count, PARTS=parts, E=width, BLOCK_P=triton.next_power_of_2(parts),
-            BLOCK_E=triton.next_power_of_2(width), num_warps=2,
+            BLOCK_E=triton.next_power_of_2(width), LINKED=overlaps, num_warps=2,
         )  # fmt: skip
     return out.transpose(1, 2)
 

@@ -25,7 +25,10 @@ from lowering.triton.gated import IN_EPILOGUE
 from lowering.triton.launch import (
     MAX_BLOCK,
     as_rows,
+    ask_early,
     empty,
+    follow,
+    linked,
     rounded,
     row_block,
     takes_rows,
@@ -33,7 +36,7 @@ from lowering.triton.launch import (
     wrap_triton,
     writes,
 )
-from lowering.triton.linear import Hilo, fills_hopper, fits_w8a8, tiles_product, wgmma_product
+from lowering.triton.linear import Hilo, fills_hopper, fits_w8a8, on_wgmma, tiles_product, wgmma_product
 from lowering.triton.norm import load_hidden, normalize, row_statistics
 from lowering.triton.quantize import encode, round_to_int, row_outputs, row_scale
 
@@ -137,8 +140,9 @@ def store_row(
 def _quantize_hilo_kernel(
     x, x_stride, codes, scale, zero_point, high, blocks, floor,
     K: tl.constexpr, SUM: tl.constexpr, LIMIT: tl.constexpr, COUNT: tl.constexpr, SYMMETRIC: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, LINKED: tl.constexpr,
 ):  # fmt: skip
+    follow(LINKED)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     y = tl.load(x + row * x_stride + cols, mask=cols < K, other=0.0).to(tl.float32)
@@ -156,8 +160,11 @@ def _norm_quantize_hilo_kernel(
     x, x_stride, residual, residual_stride, weight, bias, hidden, codes, scale, zero_point, high, blocks,
     floor, eps, offset,
     K: tl.constexpr, SUM: tl.constexpr, LIMIT: tl.constexpr, COUNT: tl.constexpr, LAYER: tl.constexpr,
-    ROUND_FIRST: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
+    ROUND_FIRST: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr, LINKED: tl.constexpr,
 ):  # fmt: skip
+    ask_early(weight, K, BLOCK, LINKED)
+    ask_early(bias, K, BLOCK, LINKED)
+    follow(LINKED)
     row = tl.program_id(0).to(tl.int64)
     x += row * x_stride
     if residual is not None:
@@ -183,8 +190,9 @@ def _norm_quantize_hilo_kernel(
 def _act_mul_quantize_hilo_kernel(
     gate, gate_stride, up, up_stride, codes, scale, zero_point, high, blocks, floor,
     K: tl.constexpr, SUM: tl.constexpr, LIMIT: tl.constexpr, COUNT: tl.constexpr, ACT: tl.constexpr,
-    SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
+    SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr, LINKED: tl.constexpr,
 ):  # fmt: skip
+    follow(LINKED)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     y = product(gate + row * gate_stride, up + row * up_stride, cols, cols < K, ACT)
@@ -239,7 +247,7 @@ def quantize_hilo_rows(
     if not empty(rows.count):
         wrap_triton(_quantize_hilo_kernel)[(rows.count,)](
             rows.data, rows.stride, codes, scale, None if symmetric else zero_point, high, blocks,
-            floor_of(threshold), **_constants(rows.width, symmetric),
+            floor_of(threshold), LINKED=linked(x.device, rows.count), **_constants(rows.width, symmetric),
         )  # fmt: skip
     return codes, scale, zero_point, high, blocks
 
@@ -268,7 +276,8 @@ def _norm_quantize(
             None if weight is None else weight.contiguous(), None if bias is None else bias.contiguous(),
             None if residual is None else hidden, codes, scale, None if symmetric else zero_point, high, blocks,
             floor_of(threshold), eps, offset,
-            LAYER=mode == "layer", ROUND_FIRST=mode == "rms_round_first", **_constants(rows.width, symmetric),
+            LAYER=mode == "layer", ROUND_FIRST=mode == "rms_round_first", LINKED=linked(x.device, rows.count),
+            **_constants(rows.width, symmetric),
         )  # fmt: skip
     return hidden, codes, scale, zero_point, high, blocks
 
@@ -321,7 +330,8 @@ def act_mul_quantize_hilo_rows(
     if not empty(gates.count):
         wrap_triton(_act_mul_quantize_hilo_kernel)[(gates.count,)](
             gates.data, gates.stride, ups.data, ups.stride, codes, scale, None if symmetric else zero_point, high,
-            blocks, floor_of(threshold), ACT=CODE[act], **_constants(gates.width, symmetric),
+            blocks, floor_of(threshold), ACT=CODE[act], LINKED=linked(gate.device, gates.count),
+            **_constants(gates.width, symmetric),
         )  # fmt: skip
     return codes, scale, zero_point, high, blocks
 
@@ -344,7 +354,7 @@ def _fits(
     return fits_w8a8(codes, None, dtype)
 
 
-def _in_tiles_of_hopper(
+def _on_wgmma(
     codes: Tensor,
     scale: Tensor,
     zero_point: Tensor | None,
@@ -356,7 +366,7 @@ def _in_tiles_of_hopper(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> bool | str:
-    return fills_hopper(codes, weight, None, None, None, dtype)
+    return on_wgmma(codes, weight, None, None, None, dtype)
 
 
 @linear_w8a8_hilo.impl("triton", when=_fits)
@@ -380,7 +390,7 @@ def linear_w8a8_hilo_tiles(
     )
 
 
-@linear_w8a8_hilo.impl("triton", when=_in_tiles_of_hopper)
+@linear_w8a8_hilo.impl("triton", when=_on_wgmma)
 def linear_w8a8_hilo_wgmma(
     codes: Tensor,
     scale: Tensor,
@@ -393,7 +403,7 @@ def linear_w8a8_hilo_wgmma(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Many rows on Hopper: `lowering.triton.hopper`."""
+    """On Hopper, from 17 rows on: `lowering.triton.wgmma`."""
     linear = (codes, scale, zero_point, weight, weight_scale, weight_sum, bias, None, None, None, dtype)
     return wgmma_product(*linear, hilo=Hilo(high, blocks))
 

@@ -17,11 +17,9 @@ Where tiles of one half do not outnumber the multiprocessors, a tile has one hal
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -32,14 +30,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.runtime.jit import MockTensor
 
 from lowering import numerics
-from lowering.triton import ahead
-from lowering.triton.launch import expected_rows, per_row
 
 # Renamed in Triton 3.7.
-_synchronize = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+synchronize = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 PART, HALF, BLOCK_K, GROUP = 64, 128, 128, 8
 BLOCK_M = 2 * PART
@@ -68,14 +63,14 @@ def _either(a, b):
 
 
 @gluon.jit
-def _used(blocks, m, M, BLOCK_M: gl.constexpr):
+def used_blocks(blocks, m, M, BLOCK_M: gl.constexpr):
     """The blocks in which some row of a tile has high halves."""
-    rows = m + gl.arange(0, BLOCK_M, layout=gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0]))
+    rows = m + gl.arange(0, BLOCK_M, layout=gl.BlockedLayout([BLOCK_M // 32], [32], [gl.num_warps()], [0]))
     return gl.reduce(gl.load(blocks + rows, mask=rows < M, other=0), 0, _either)
 
 
 @gluon.jit
-def _count(word):
+def count_bits(word):
     """Bits that are set."""
     rest = word.to(gl.uint32, bitcast=True)
     rest = rest - ((rest >> 1) & 0x55555555)
@@ -120,10 +115,10 @@ def _load(
         tile_m, tile_n = _position(tile, tiles_m, tiles_n, GROUP)
         m, n = tile_m * BLOCK_M, tile_n * NEXT
         if PER > 0:
-            used = _used(blocks, m, M, BLOCK_M)
+            used = used_blocks(blocks, m, M, BLOCK_M)
             # Beside the first buffer of the tile: who waits for that can read how many of them have high halves.
             mbarrier.wait(free.index(step % BUFFERS), ((step // BUFFERS) & 1) ^ 1)
-            number = gl.full([32], _count(used) * PER, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
+            number = gl.full([32], count_bits(used) * PER, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
             counts.index(step % BUFFERS).store(number)
             if used != 0:
                 for k in range((K_STEPS + PER - 1) // PER * PER):
@@ -203,7 +198,7 @@ def _per_channel(pointer, first, rows, HALF: gl.constexpr):
 
 
 @gluon.jit
-def _of_channels(scale, weight_sum, bias, n, rows, HALF: gl.constexpr):
+def of_channels(scale, weight_sum, bias, n, rows, HALF: gl.constexpr):
     """Scales, sums and biases of the channels of a half tile."""
     return (
         _per_channel(scale, n, rows, HALF),
@@ -219,7 +214,7 @@ def _channels(value, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _finished(
+def finished(
     acc, token, zero, has_zero: gl.constexpr, channels, has_bias: gl.constexpr, o, ow, R: gl.constexpr,
     CODES: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
@@ -265,10 +260,10 @@ def _with_residual(
 def _store(c, staging, y, m, n):
     """Through shared memory, behind the previous store."""
     tma.store_wait(0)
-    _synchronize()
+    synchronize()
     staging.store(y)
     fence_async_shared()
-    _synchronize()
+    synchronize()
     tma.async_copy_shared_to_global(c, [m, n], staging)
 
 
@@ -350,10 +345,10 @@ def _multiply(
         zero = at
         if affine:
             zero = gl.load(zero_point + at.to(gl.int64) * zero_point_stride, mask=at < M, other=0)
-        channels0 = _of_channels(weight_scale, weight_sum, bias, n, rows, HALF)
+        channels0 = of_channels(weight_scale, weight_sum, bias, n, rows, HALF)
         channels1 = channels0
         if WIDE:
-            channels1 = _of_channels(weight_scale, weight_sum, bias, n + SECOND, rows, HALF)
+            channels1 = of_channels(weight_scale, weight_sum, bias, n + SECOND, rows, HALF)
         left, right, step = _sums(
             a_ring, w0_ring, w1_ring, counts, full, free, step, K_STEPS, PER, BUFFERS, PART, HALF, WIDE, ACC
         )  # fmt: skip
@@ -370,20 +365,20 @@ def _multiply(
             o_tile = o_tile._reinterpret(kind, [PART, depth], wide)
             ow0 = ow0._reinterpret(kind, [HALF, depth], wide)
             ow1 = ow1._reinterpret(kind, [HALF, depth], wide)
-        y = _finished(left, token, zero, affine, channels0, biased, o_tile, ow0, R, CODES, OUT)
+        y = finished(left, token, zero, affine, channels0, biased, o_tile, ow0, R, CODES, OUT)
         if ACT < 0:
             if x is not None:
                 y, step = _with_residual(y, x, x_ring, full, free, step, part, BUFFERS, WIDE, PART, HALF, OUT)
             _store(c, staging, y.to(c.dtype), m, n)
             if WIDE:
-                y = _finished(right, token, zero, affine, channels1, biased, o_tile, ow1, R, CODES, OUT)
+                y = finished(right, token, zero, affine, channels1, biased, o_tile, ow1, R, CODES, OUT)
                 if x is not None:
                     y, step = _with_residual(y, x, x_ring, full, free, step, part, BUFFERS, WIDE, PART, HALF, OUT)
                 _store(c, staging, y.to(c.dtype), m, n + SECOND)
         else:
             # Rounded after every step, as eager PyTorch does.
             gate = _activation(y.to(c.dtype).to(gl.float32), ACT).to(c.dtype)
-            y = _finished(right, token, zero, affine, channels1, biased, o_tile, ow1, R, CODES, OUT)
+            y = finished(right, token, zero, affine, channels1, biased, o_tile, ow1, R, CODES, OUT)
             product = (gate.to(gl.float32) * y.to(c.dtype).to(gl.float32)).to(c.dtype)
             _store(c, staging, product, m, n)
         if R > 0:
@@ -450,92 +445,13 @@ def descriptor(tensor: Any, rows: int, width: int) -> Any:
     return TensorDescriptor.from_tensor(tensor, [rows, width], layout(rows, width, tensor.dtype))
 
 
-@torch.library.custom_op("int8pass_triton::linear_w8a8_wgmma", mutates_args=())
-def linear_wgmma(
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_sum: Tensor | None,
-    bias: Tensor | None,
-    outliers: Tensor | None,
-    outlier_weight: Tensor | None,
-    code_columns: bool,
-    high: Tensor | None,
-    blocks: Tensor | None,
-    residual: Tensor | None,
-    dtype: torch.dtype,
-    act: int,
-) -> Tensor:
-    """The linear of `codes[..., K]`; with `act` (a code of `lowering.triton.act`) the gated product of its halves.
+class Launch(NamedTuple):
+    """What a launch takes, and of which kernel."""
 
-    With `code_columns` the outlier weights are columns of the codes `weight`, as `dtype`, and take its scale. `high`
-    and `blocks` are those of `lowering.ops.hilo`. `residual`, of the result's shape and type, is added before the one
-    rounding (not to a gated product). An op of its own and no traced launch: neither Inductor nor
-    AOTAutograd knows Gluon.
-    """
-    n = weight.shape[0] if act == NO_ACTIVATION else weight.shape[0] // 2
-    out = torch.empty((*codes.shape[:-1], n), dtype=dtype, device=codes.device)
-    if out.numel():
-        zeros = None if zero_point is None else per_row(zero_point, codes)
-        flat = None if outliers is None else _aligned(outliers.reshape(-1, outliers.shape[-1]))
-        launch = _launch(
-            codes.device, _aligned(codes.reshape(-1, codes.shape[-1])), per_row(scale, codes), zeros,
-            _aligned(weight), weight_scale.contiguous(), weight_sum, bias, flat,
-            None if outlier_weight is None else _aligned(outlier_weight), code_columns,
-            None if high is None else _aligned(high.reshape(-1, high.shape[-1])),
-            None if blocks is None else per_row(blocks, codes).contiguous(),
-            None if residual is None else _aligned(residual.reshape(-1, n)), out.view(-1, n), act,
-        )  # fmt: skip
-        ahead.wait()
-        _linear_w8a8_wgmma[(launch.programs,)](*launch.arguments, **launch.constants)
-    return out
-
-
-@linear_wgmma.register_fake
-def _(
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_sum: Tensor | None,
-    bias: Tensor | None,
-    outliers: Tensor | None,
-    outlier_weight: Tensor | None,
-    code_columns: bool,
-    high: Tensor | None,
-    blocks: Tensor | None,
-    residual: Tensor | None,
-    dtype: torch.dtype,
-    act: int,
-) -> Tensor:
-    n = weight.shape[0] if act == NO_ACTIVATION else weight.shape[0] // 2
-    out = codes.new_empty((*codes.shape[:-1], n), dtype=dtype)
-    m, k = expected_rows(math.prod(codes.shape[:-1])), codes.shape[-1]
-    if m and ahead.possible(codes.device):
-        rows, r = weight.shape[0], 0 if outliers is None else outliers.shape[-1]
-        launch = _launch(
-            codes.device, _stand(codes, m, k), _stand(scale, m), _stand(zero_point, m), _stand(weight, rows, k),
-            _stand(weight_scale, rows), _stand(weight_sum, rows), _stand(bias, rows), _stand(outliers, m, r),
-            _stand(outlier_weight, rows, r), code_columns, _stand(high, m, k), _stand(blocks, m),
-            _stand(residual, m, n), _stand(out, m, n), act,
-        )  # fmt: skip
-        ahead.compile(_linear_w8a8_wgmma, codes.device, launch.arguments, launch.constants)
-    return out
-
-
-def _stand(tensor: Tensor | None, *shape: int) -> MockTensor | None:
-    """What the compiler takes for a contiguous tensor of this type."""
-    return None if tensor is None else MockTensor(tensor.dtype, [*shape])
-
-
-def _aligned(matrix: Tensor) -> Tensor:
-    """Rows contiguous and 16-byte aligned, as TMA wants them."""
-    aligned = matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
-    apart = matrix.stride(0) >= matrix.shape[1] and matrix.stride(1) == 1
-    return matrix if aligned and apart else matrix.clone(memory_format=torch.contiguous_format)
+    kernel: Any
+    programs: int
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
 
 
 def is_wide(m: int, n: int, multiprocessors: int) -> bool:
@@ -544,19 +460,11 @@ def is_wide(m: int, n: int, multiprocessors: int) -> bool:
     return narrow > multiprocessors or n <= HALF
 
 
-class _Launch(NamedTuple):
-    """What a launch of the kernel takes."""
-
-    programs: int
-    arguments: tuple[Any, ...]
-    constants: dict[str, Any]
-
-
-def _launch(
+def launch(
     device: torch.device, codes: Any, scale: Any, zero_point: Any | None, weight: Any, weight_scale: Any,
     weight_sum: Any | None, bias: Any | None, outliers: Any | None, outlier_weight: Any | None, code_columns: bool,
     high: Any | None, blocks: Any | None, residual: Any | None, out: Any, act: int,
-) -> _Launch:  # fmt: skip
+) -> Launch:  # fmt: skip
     """`codes[M, K]`, `scale[M]`, `zero_point[M]`, `weight[N, K]` → `out[M, N]`, or the gated `[M, N / 2]`: tensors, or
     what stands for them while a model is traced."""
     m, k = codes.shape
@@ -587,4 +495,4 @@ def _launch(
         "BUFFERS": BUFFERS if wide else NARROW_BUFFERS, "PART": PART, "HALF": HALF, "BLOCK_K": BLOCK_K, "GROUP": GROUP,
         "WIDE": wide, "REGISTERS": REGISTERS, "LOADER_REGISTERS": LOADER_REGISTERS, "num_warps": WARPS,
     }  # fmt: skip
-    return _Launch(min(tiles, multiprocessors), arguments, constants)
+    return Launch(_linear_w8a8_wgmma, min(tiles, multiprocessors), arguments, constants)

@@ -34,6 +34,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_BLOCK, PIECE = 16384, 2048
 # Rows assumed for a symbolic size without a hint: a wrong guess costs time, never correctness.
 UNKNOWN_ROWS = 4096
+# Rows for which a step is reading the weights, and the Gluon kernel that begins to read them early is the fastest
+# (`lowering.triton.hopper_few`).
+FEW_ROWS = 17, 64
 
 
 @triton.jit
@@ -44,6 +47,42 @@ def rounded(y, element: tl.constexpr):
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
         y = tl.where(y == y, bits.to(tl.float32, bitcast=True), y)
     return y.to(element)
+
+
+@triton.jit
+def follow(LINKED: tl.constexpr):
+    """Let the kernel behind this one start, and wait until the one ahead has ended and what it wrote can be read.
+
+    First in a kernel: then all that came before the kernel ahead has ended, too. Without a launch that asks for it
+    (`linked`) neither instruction does anything.
+    """
+    if LINKED:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def ask_early(parameters, K: tl.constexpr, BLOCK: tl.constexpr, LINKED: tl.constexpr):
+    """Before `follow`: have K parameters brought to the L2, which is as right at any time."""
+    if LINKED and parameters is not None:
+        at = tl.arange(0, BLOCK // 32) * 32
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [parameters + tl.where(at < K, at, 0)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """True for a GPU that is there and has `wgmma`."""
+    there = device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available()
+    return there and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def linked(device: torch.device, rows: Any) -> bool:
+    """Whether a kernel over `rows` starts while the one before it runs (programmatic dependent launch, CUDA C++
+    Programming Guide, section 6.2.7): where steps are reading weights, and a linear can begin with those."""
+    return is_hopper(device) and FEW_ROWS[0] <= expected_rows(rows) <= FEW_ROWS[1]
 
 
 def traceable(function: Callable[..., Any]) -> Callable[..., Any]:

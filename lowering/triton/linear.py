@@ -23,11 +23,13 @@ from torch import Tensor
 from lowering import numerics
 from lowering.ops.linear import linear_w8a8, linear_w8a16
 from lowering.triton.launch import (
+    FEW_ROWS,
     FLOATS,
     INTERPRETED,
     as_rows,
     empty,
     expected_rows,
+    is_hopper,
     per_row,
     rounded,
     takes_rows,
@@ -469,7 +471,7 @@ def tiles_product(
 @functools.cache
 def on_hopper(device: torch.device) -> bool:
     """True for a GPU that has `wgmma`, under a Triton that has the Gluon it takes."""
-    if device.type != "cuda" or not torch.cuda.is_available() or torch.cuda.get_device_capability(device) != (9, 0):
+    if not is_hopper(device):
         return False
     try:
         import lowering.triton.hopper  # noqa: F401
@@ -486,6 +488,41 @@ def fills_hopper(
 
     Measured on one H100: 40 tiles are enough beyond 128 rows; up to 128, where most of a tile may be empty, 250.
     """
+    takes = _takes_wgmma(codes, weight, outliers, columns, outlier_weight, dtype)
+    if takes is not True:
+        return takes
+    rows, (n, k) = expected_rows(math.prod(codes.shape[:-1])), weight.shape
+    found = measured(codes.device, rows, n, k)
+    if found is not None:
+        return found == WGMMA or f"{found} was measured to be faster"
+    tiles = _count(rows, 128) * _count(n, 256)
+    enough = 40 if rows > 128 else 250
+    return tiles >= enough or f"{tiles} tiles are too few for persistent programs"
+
+
+def on_wgmma(
+    codes: Tensor, weight: Tensor, outliers: Tensor | None, columns: Tensor | None, outlier_weight: Tensor | None,
+    dtype: torch.dtype,
+) -> bool | str:  # fmt: skip
+    """Whether one of the Gluon kernels takes a product that ends in no gate; for few rows it is
+    `lowering.triton.hopper_few`.
+
+    Up to 16 rows Triton's own tiles are as fast.
+    """
+    many = fills_hopper(codes, weight, outliers, columns, outlier_weight, dtype)
+    if many is True or _takes_wgmma(codes, weight, outliers, columns, outlier_weight, dtype) is not True:
+        return many
+    rows, (n, k) = expected_rows(math.prod(codes.shape[:-1])), weight.shape
+    if measured(codes.device, rows, n, k) is not None:
+        return many
+    return FEW_ROWS[0] <= rows <= FEW_ROWS[1] or many
+
+
+def _takes_wgmma(
+    codes: Tensor, weight: Tensor, outliers: Tensor | None, columns: Tensor | None, outlier_weight: Tensor | None,
+    dtype: torch.dtype,
+) -> bool | str:  # fmt: skip
+    """Whether the Gluon kernels can make a product."""
     n, k = weight.shape
     if not on_hopper(codes.device):
         return "needs a Hopper GPU and a Triton with Gluon for it"
@@ -497,13 +534,7 @@ def fills_hopper(
             return "takes up to 64 outlier columns of the output's dtype, in multiples of 8"
         if columns is None and (outlier_weight is None or outlier_weight.dtype != dtype):
             return "takes outlier weights of the output's dtype"
-    rows = expected_rows(math.prod(codes.shape[:-1]))
-    found = measured(codes.device, rows, n, k)
-    if found is not None:
-        return found == WGMMA or f"{found} was measured to be faster"
-    tiles = _count(rows, 128) * _count(n, 256)
-    enough = 40 if rows > 128 else 250
-    return tiles >= enough or f"{tiles} tiles are too few for persistent programs"
+    return True
 
 
 def _takes_hopper(
@@ -519,7 +550,7 @@ def _takes_hopper(
     columns: Tensor | None,
     dtype: torch.dtype,
 ) -> bool | str:
-    return fills_hopper(codes, weight, outliers, columns, outlier_weight, dtype)
+    return on_wgmma(codes, weight, outliers, columns, outlier_weight, dtype)
 
 
 def wgmma_product(
@@ -539,7 +570,7 @@ def wgmma_product(
     residual: Tensor | None = None,
 ) -> Tensor:
     """The linear by asynchronous `wgmma`, plus a residual; with `act` the gated product of its halves."""
-    from lowering.triton.hopper import linear_wgmma
+    from lowering.triton.wgmma import linear_wgmma
 
     right = outlier_weight if columns is None else weight.index_select(1, columns).to(dtype)
     result: Tensor = linear_wgmma(
@@ -564,7 +595,7 @@ def linear_w8a8_wgmma(
     columns: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Many rows on Hopper: `lowering.triton.hopper`."""
+    """On Hopper, from 17 rows on: `lowering.triton.wgmma`."""
     return wgmma_product(
         codes, scale, zero_point, weight, weight_scale, weight_sum, bias, outliers, outlier_weight, columns, dtype
     )

@@ -37,7 +37,10 @@ from lowering.triton.columns import (
 from lowering.triton.launch import (
     MAX_BLOCK,
     as_rows,
+    ask_early,
     empty,
+    follow,
+    linked,
     rounded,
     row_block,
     takes_rows,
@@ -148,8 +151,11 @@ def _rms_norm_kernel(
 def _norm_quantize_kernel(
     x, x_stride, residual, residual_stride, weight, bias, marks, hidden, codes, scale, zero_point, outliers,
     eps, offset, K: tl.constexpr, R: tl.constexpr, LAYER: tl.constexpr, ROUND_FIRST: tl.constexpr,
-    SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+    SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, LINKED: tl.constexpr,
 ):  # fmt: skip
+    ask_early(weight, K, BLOCK, LINKED)
+    ask_early(bias, K, BLOCK, LINKED)
+    follow(LINKED)
     row = tl.program_id(0).to(tl.int64)
     x += row * x_stride
     codes += row * K
@@ -261,7 +267,7 @@ def _norm_quantize(
             split.marks, None if residual is None else hidden, codes, scale,
             None if symmetric else zero_point, outliers if split.count else None, eps, offset,
             K=k, LAYER=mode == "layer", ROUND_FIRST=round_first, SYMMETRIC=symmetric,
-            BLOCK=block, num_warps=warps, **split.constants(),
+            BLOCK=block, LINKED=linked(x.device, rows.count), num_warps=warps, **split.constants(),
         )  # fmt: skip
     return hidden, codes, scale, zero_point, outliers
 

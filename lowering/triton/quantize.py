@@ -41,7 +41,18 @@ from lowering.triton.columns import (
     static_split,
     store_gathered,
 )
-from lowering.triton.launch import Rows, as_rows, empty, row_block, takes_rows, traceable, wrap_triton, writes
+from lowering.triton.launch import (
+    Rows,
+    as_rows,
+    empty,
+    follow,
+    linked,
+    row_block,
+    takes_rows,
+    traceable,
+    wrap_triton,
+    writes,
+)
 
 # Adding 1.5 * 2^23 leaves the rounded (half to even) value in the low mantissa bits, for |v| < 2^22.
 ROUND_MAGIC = tl.constexpr(12582912.0)
@@ -95,7 +106,9 @@ def encode(y, inverse, zero_point, SYMMETRIC: tl.constexpr):
 def _quantize_rows_kernel(
     x, x_stride, marks, codes, scale, zero_point, outliers,
     K: tl.constexpr, R: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+    LINKED: tl.constexpr,
 ):  # fmt: skip
+    follow(LINKED)
     row = tl.program_id(0).to(tl.int64)
     x += row * x_stride
     codes += row * K
@@ -164,7 +177,8 @@ def _quantize(x: Tensor, rows: Rows, split: Split, symmetric: bool) -> tuple[Ten
         wrap_triton(_quantize_rows_kernel)[(rows.count,)](
             rows.data, rows.stride, split.marks, codes, scale,
             None if symmetric else zero_point, outliers if split.count else None,
-            K=k, SYMMETRIC=symmetric, BLOCK=block, num_warps=warps, **split.constants(),
+            K=k, SYMMETRIC=symmetric, BLOCK=block, LINKED=linked(x.device, rows.count), num_warps=warps,
+            **split.constants(),
         )  # fmt: skip
     return codes, scale, zero_point, outliers
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowering.ops.hilo import linear_w8a8_hilo, linear_w8a8_hilo_add
 from lowering.ops.linear import linear_w8a8, linear_w8a8_add
-from lowering.triton.linear import Hilo, fills_hopper, fits_w8a8, wgmma_product
+from lowering.triton.linear import Hilo, fits_w8a8, on_wgmma, wgmma_product
 
 
 def _fits(codes: Tensor, *rest: object) -> bool | str:
@@ -75,7 +75,7 @@ def _in_epilogue(codes: Tensor, *rest: object) -> bool | str:
     assert isinstance(residual, Tensor)
     if residual.dtype != dtype:
         return "takes a residual of the output's dtype"
-    return fills_hopper(codes, weight, outliers, columns, outlier_weight, dtype)  # type: ignore[arg-type]
+    return on_wgmma(codes, weight, outliers, columns, outlier_weight, dtype)  # type: ignore[arg-type]
 
 
 def _hilo_in_epilogue(codes: Tensor, *rest: object) -> bool | str:
@@ -83,7 +83,7 @@ def _hilo_in_epilogue(codes: Tensor, *rest: object) -> bool | str:
     assert isinstance(residual, Tensor)
     if residual.dtype != dtype:
         return "takes a residual of the output's dtype"
-    return fills_hopper(codes, weight, None, None, None, dtype)  # type: ignore[arg-type]
+    return on_wgmma(codes, weight, None, None, None, dtype)  # type: ignore[arg-type]
 
 
 @linear_w8a8_add.impl("triton", when=_in_epilogue)
@@ -101,7 +101,7 @@ def linear_w8a8_add_wgmma(
     dtype: torch.dtype,
     residual: Tensor,
 ) -> Tensor:
-    """Many rows on Hopper: `lowering.triton.hopper`."""
+    """On Hopper, from 17 rows on: `lowering.triton.wgmma`."""
     linear = (codes, scale, zero_point, weight, weight_scale, weight_sum, bias, outliers, outlier_weight, columns)
     return wgmma_product(*linear, dtype, residual=residual)
 
@@ -120,6 +120,6 @@ def linear_w8a8_hilo_add_wgmma(
     dtype: torch.dtype,
     residual: Tensor,
 ) -> Tensor:
-    """Many rows on Hopper: `lowering.triton.hopper`."""
+    """On Hopper, from 17 rows on: `lowering.triton.wgmma`."""
     linear = (codes, scale, zero_point, weight, weight_scale, weight_sum, bias, None, None, None, dtype)
     return wgmma_product(*linear, hilo=Hilo(high, blocks), residual=residual)

@@ -1,0 +1,280 @@
+"""Linears of few rows that read their weights before the kernel ahead has ended (`lowering.triton.hopper_few`)."""
+
+from __future__ import annotations
+
+import importlib
+import types
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+triton = pytest.importorskip("triton", reason="the kernels need Triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("Gluon cannot be interpreted", allow_module_level=True)
+few = pytest.importorskip("lowering.triton.hopper_few", reason="the kernel needs Gluon for Hopper")
+
+from sm90 import BF16, F32, I8, I32, compile_for_sm90, compile_gluon, empty, launches  # noqa: E402
+from triton.runtime.jit import MockTensor  # noqa: E402
+
+from lowering import numerics  # noqa: E402
+from lowering.ops.linear import linear_w8a8  # noqa: E402
+from lowering.registry import random_tensor  # noqa: E402
+from lowering.triton import ahead, launch, wgmma  # noqa: E402
+
+needs_hopper = pytest.mark.skipif(not launch.is_hopper(torch.device("cuda")), reason="needs a Hopper GPU")
+CUDA = torch.device("cuda")
+LINKED = ("norm", "act", "quantize", "attention", "hilo")  # modules of kernels that let the next one start
+
+
+# -- how channels are shared out
+
+
+@given(st.integers(1, 300_000), st.integers(1, 264))
+def test_programs_cover_the_channels_and_are_all_alike(n: int, multiprocessors: int) -> None:
+    width = few.width(n, multiprocessors)
+    parts = few.pieces(width)
+    assert sum(parts) == width
+    assert len(parts) == 3
+    assert all(part == 0 or part in (16, 32, 64, 128) for part in parts)
+    assert list(parts) == sorted(parts, reverse=True)
+    turns = -(-n // (few.MOST * multiprocessors))
+    programs = -(-n // width)
+    assert programs <= turns * multiprocessors, "a program more than there is room for"
+    assert width == 16 or -(-n // (width - 16)) > turns * multiprocessors or width - 16 < 16
+
+
+def test_the_layers_of_a_llama() -> None:
+    shares = [few.pieces(few.width(n, 132)) for n in (4096, 6144, 28672)]
+    assert shares == [(32, 0, 0), (32, 16, 0), (128, 64, 32)]
+
+
+# -- what is compiled
+
+
+@pytest.fixture
+def an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = types.SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+
+def form(
+    m: int, n: int, k: int, r: int = 0, codes: bool = False, affine: bool = False, hilo: bool = False, add: bool = False
+) -> Any:
+    """The launch of one form of the kernel, for stand-ins of tensors."""
+
+    def stand(dtype: torch.dtype, *shape: int) -> MockTensor:
+        return MockTensor(dtype, [*shape])
+
+    return few.launch(
+        CUDA, stand(I8, m, k), stand(F32, m), stand(I32, m) if affine else None, stand(I8, n, k), stand(F32, n),
+        stand(I32, n) if affine else None, stand(BF16, n) if affine else None, stand(BF16, m, r) if r else None,
+        stand(BF16, n, r) if r else None, codes, stand(I8, m, k) if hilo else None, stand(I32, m) if hilo else None,
+        stand(BF16, m, n) if add else None, stand(BF16, m, n),
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("an_h100")
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"n": 4096, "k": 4096},
+        {"n": 6144, "k": 4096, "affine": True},
+        {"n": 28672, "k": 4096},
+        {"n": 4096, "k": 14336, "hilo": True, "add": True},
+        {"n": 28672, "k": 4096, "hilo": True, "affine": True, "add": True},
+        {"n": 4096, "k": 4096, "r": 32, "affine": True, "add": True},
+        {"n": 28672, "k": 4096, "r": 64, "codes": True, "affine": True},
+        {"n": 23232, "k": 4096, "r": 24, "affine": True, "add": True},
+        {"n": 256, "k": 528},
+    ],
+    ids=str,
+)
+def test_the_kernel(given: dict[str, Any]) -> None:
+    what = form(64, **given)
+    code = compile_gluon(what)
+    assert code.stack == 0, "spills"
+    assert code.shared <= 227 * 1024
+    # Beside it the kernel ahead and the one behind fit: registers of both, and one program a multiprocessor of its own.
+    assert 8 * 32 * code.registers <= 65536 // 2
+    if given["k"] >= 4096:
+        assert 2 * code.shared > 227 * 1024
+    parts = [what.constants[name] for name in ("P0", "P1", "P2")]
+    for part in filter(None, parts):
+        assert f"wgmma.mma_async.sync.aligned.m64n{part}k32.s32.s8.s8" in code.ptx
+    assert ("bf16.bf16" in code.ptx) == (given.get("r", 0) > 0)
+    # The next kernel may start at once. Loads of weights come before the wait of the warp that loads, of rows after it.
+    assert code.ptx.count("griddepcontrol.launch_dependents") == 1
+    assert code.ptx.count("griddepcontrol.wait") == 2, "the warp that loads and those that multiply"
+    loads = [at for at in range(len(code.ptx)) if code.ptx.startswith("cp.async.bulk.tensor.2d.shared", at)]
+    waits = [at for at in range(len(code.ptx)) if code.ptx.startswith("griddepcontrol.wait", at)]
+    early = [sum(load < wait for load in loads) for wait in waits]
+    one_step, steps = what.constants["Q"] * len([*filter(None, parts)]), -(-given["k"] // (128 * what.constants["Q"]))
+    filled = min(what.constants["BUFFERS"], steps)
+    assert max(early) in (one_step, one_step * filled), "a loop over the ring, or that loop unrolled"
+    assert what.constants["launch_pdl"] is True
+
+
+def test_kernels_over_rows_let_it_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """First they say that the next one may, then they wait, before anything is read; parameters are asked for."""
+    from lowering.triton import act, attention, hilo, norm, quantize
+
+    for name in LINKED:
+        monkeypatch.setattr(importlib.import_module(f"lowering.triton.{name}"), "linked", lambda device, rows: True)
+    x, gamma, wide = empty(64, 4096), empty(4096), empty(64, 14336)
+    query, key = empty(64, 32, 1, 128), empty(64, 8, 1, 128)
+    norms = (gamma, gamma, 1e-5, 0.0, "layer")
+    cases: list[tuple[Any, tuple[Any, ...], int]] = [
+        (norm.norm_quantize_rows, (x, *norms, None, True), 2),
+        (norm.add_norm_quantize_rows, (x, x, *norms, None, True), 2),
+        (hilo.norm_quantize_hilo_rows, (x, *norms, 6.0, True), 2),
+        (quantize.quantize_rows, (x, True), 0),
+        (hilo.quantize_hilo_rows, (x, 6.0, True), 0),
+        (act.act_mul_quantize_rows, (wide, wide, "silu", None, True), 0),
+        (hilo.act_mul_quantize_hilo_rows, (wide, wide, "silu", 6.0, True), 0),
+        (attention.attention_few_queries, (query, key, key, None, True, 0.1), 0),
+        (attention.attention_few_queries, (query[:1], key[:1].expand(1, 8, 4096, 128), key[:1].expand(1, 8, 4096, 128),
+                                           None, False, 0.1), 0),
+    ]  # fmt: skip
+    kernels = set()
+    for operator, args, asked in cases:
+        for made in launches(monkeypatch, operator, *args):
+            assert made.arguments["LINKED"] is True
+            ptx = compile_for_sm90(made).ptx
+            starts, waits = ptx.index("griddepcontrol.launch_dependents"), ptx.index("griddepcontrol.wait")
+            assert ptx.count("griddepcontrol.launch_dependents") == ptx.count("griddepcontrol.wait") == 1
+            assert starts < waits < min(at for at in (ptx.find("ld.global"), ptx.find("cp.async")) if at > 0)
+            assert ptx.count("prefetch.global.L2") >= asked > 0 or asked == 0
+            assert ptx.rfind("prefetch.global.L2") < starts
+            kernels.add(made.kernel.__name__)
+    assert len(kernels) == 8, kernels
+
+
+def test_elsewhere_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lowering.triton import quantize
+
+    (made,) = launches(monkeypatch, quantize.quantize_rows, empty(64, 4096), True)
+    assert made.arguments["LINKED"] is False
+    assert "griddepcontrol" not in compile_for_sm90(made).ptx
+
+
+@pytest.mark.parametrize(("rows", "answer"), [(1, False), (16, False), (17, True), (64, True), (65, False)])
+def test_for_which_rows(monkeypatch: pytest.MonkeyPatch, rows: int, answer: bool) -> None:
+    monkeypatch.setattr(launch, "is_hopper", lambda device: True)
+    assert launch.linked(CUDA, rows) is answer
+    monkeypatch.setattr(launch, "is_hopper", lambda device: False)
+    assert launch.linked(CUDA, rows) is False
+
+
+def test_inductor_is_told_once() -> None:
+    source = "triton_meta={'signature': {}, 'constants': {'LINKED': %s}}, inductor_meta={}"
+    told = ahead.overlapping(source % True)
+    assert told == "triton_meta={'launch_pdl': True, 'signature': {}, 'constants': {'LINKED': True}}, inductor_meta={}"
+    assert ahead.overlapping(source % False) == source % False
+    assert ahead.overlapping("def other(): pass") == "def other(): pass"
+
+
+# -- on a GPU
+
+
+def arguments(m: int, n: int, k: int, device: torch.device = CUDA) -> tuple[Any, ...]:
+    codes, scale = numerics.quantize_symmetric(random_tensor(m, k, device=device))
+    weight, weight_scale = numerics.quantize_weight(random_tensor(n, k, device=device, seed=1))
+    return (codes, scale, None, weight, weight_scale, *(None,) * 5, BF16)
+
+
+@pytest.fixture
+def layer() -> tuple[Any, ...]:
+    return arguments(64, 4096, 4096)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize(("rows", "few_rows"), [(16, False), (17, True), (64, True), (65, False)])
+def test_few_rows_choose_it(rows: int, few_rows: bool) -> None:
+    chosen = linear_w8a8.choose("triton", arguments(rows, 4096, 4096))
+    assert ("wgmma" in chosen.name) == few_rows
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_a_weight_written_just_before_is_read_as_it_is(layer: tuple[Any, ...]) -> None:
+    """The launch reads weights before the kernel ahead has ended: not those that this very kernel writes."""
+    codes, scale, _, weight, weight_scale, *_ = layer
+    others = [torch.randint_like(weight, -127, 128) for _ in range(4)]
+    wanted = [linear_w8a8.reference(codes, scale, None, w, weight_scale, *(None,) * 5, BF16) for w in others]
+    torch.cuda.synchronize()
+    for turn in range(40):
+        which = turn % 4
+        changed = weight if turn % 2 else torch.empty_like(weight)
+        changed.copy_(others[which])
+        got = linear_w8a8.choose("triton", layer).function(*layer[:3], changed, *layer[4:])
+        assert torch.equal(got, wanted[which]), turn
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_a_chain_that_overlaps_gives_what_one_by_one_gives(layer: tuple[Any, ...]) -> None:
+    """Launches that overlap, captured and replayed: each reads what the one before wrote, at every turn the same."""
+    codes, _, _, weight, weight_scale, *_ = layer
+    weights = [torch.roll(weight, turn, 0) for turn in range(8)]
+
+    def chain(wait: bool) -> torch.Tensor:
+        x = codes.float().bfloat16()
+        for w in weights:
+            q, s = numerics.quantize_symmetric(x)
+            x = wgmma.linear_wgmma(q, s, None, w, weight_scale, None, None, None, None, False, None, None, x, BF16, -1)
+            if wait:
+                torch.cuda.synchronize()
+        return x
+
+    expected = chain(True)
+    chain(False)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = chain(False)
+    for _ in range(20):
+        out.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("scheme", ["w8a8", "llm.int8"])
+def test_a_compiled_model_overlaps(scheme: str) -> None:
+    """Kernels over rows that Inductor launches start early, too, and results are those of launches that do not."""
+    from torch import nn
+
+    import int8pass  # noqa: F401
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.up, self.down = nn.RMSNorm(512), nn.Linear(512, 1024), nn.Linear(1024, 512)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.down(torch.relu(self.up(self.norm(x))))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*[Block() for _ in range(3)]).to(CUDA, BF16).eval().requires_grad_(False)
+    x = torch.randn(48, 512, device=CUDA, dtype=BF16)
+    found: list[str] = []
+    told = ahead.overlapping
+
+    def watched(source: str) -> str:
+        result = told(source)
+        found.append(result)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(ahead, "overlapping", watched)
+        compiled = torch.compile(model, backend="int8", options={"scheme": scheme, "mode": "reduce-overhead"})
+        outputs = [compiled(x).clone() for _ in range(6)]
+        reference = model(x)
+    assert any("'launch_pdl': True" in source and "_quantize" in source for source in found)
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+    assert (outputs[0] - reference).norm() / reference.norm() < 0.05
