@@ -112,7 +112,8 @@ def test_the_kernel(given: dict[str, Any]) -> None:
     waits = [at for at in range(len(code.ptx)) if code.ptx.startswith("griddepcontrol.wait", at)]
     early = [sum(load < wait for load in loads) for wait in waits]
     one_step, steps = what.constants["Q"] * len([*filter(None, parts)]), -(-given["k"] // (128 * what.constants["Q"]))
-    filled = min(what.constants["BUFFERS"], steps)
+    filled = what.constants["EARLY"]
+    assert 1 <= filled <= min(what.constants["BUFFERS"], steps)
     assert max(early) in (one_step, one_step * filled), "a loop over the ring, or that loop unrolled"
     assert what.constants["launch_pdl"] is True
 
@@ -249,7 +250,7 @@ def test_a_compiled_model_overlaps(scheme: str) -> None:
     """Kernels over rows that Inductor launches start early, too, and results are those of launches that do not."""
     from torch import nn
 
-    import int8pass  # noqa: F401
+    from int8pass.backend import int8
 
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -272,7 +273,7 @@ def test_a_compiled_model_overlaps(scheme: str) -> None:
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(ahead, "overlapping", watched)
-        compiled = torch.compile(model, backend="int8", options={"scheme": scheme, "mode": "reduce-overhead"})
+        compiled = torch.compile(model, backend=int8, options={"scheme": scheme, "mode": "reduce-overhead"})
         outputs = [compiled(x).clone() for _ in range(6)]
         reference = model(x)
     assert any("'launch_pdl': True" in source and "_quantize" in source for source in found)

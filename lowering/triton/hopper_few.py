@@ -46,11 +46,12 @@ from lowering.triton.hopper import (
 ROWS = 64  # of one wgmma
 LEAST, MOST = 16, 224  # channels of a program; all multiples of 16 between are sums of three powers of two
 MOST_CHANNELS = 250 * 256
-SHARED = 192 * 1024  # of a ring: more than half of a multiprocessor's, and room beside it for kernels over rows
+SHARED = 206 * 1024  # of a ring: more than half of a multiprocessor's, and room beside it for kernels over rows
+EARLY = 84 * 1024  # of weights that are asked for before the rows: these would wait behind more
 PAIRS = 96  # channels up to which a step of the ring takes two blocks of columns
 HIGH_BUFFERS = 2
 REGISTERS = 128  # of a thread when it starts: half a multiprocessor's, the rest is for kernels over rows
-LOADER_REGISTERS = 24
+LOADER_REGISTERS = 40
 WARPS = 4
 
 
@@ -114,15 +115,19 @@ def _load(
     ah_ring, high0, high1, high2, high_full, high_free, n, M,
     STEPS: gl.constexpr, R: gl.constexpr, PER: gl.constexpr, Q: gl.constexpr, BUFFERS: gl.constexpr,
     HIGH_BUFFERS: gl.constexpr, P0: gl.constexpr, P1: gl.constexpr, P2: gl.constexpr, ROWS: gl.constexpr,
-    BLOCK_K: gl.constexpr,
+    BLOCK_K: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
-    """One warp: weights as far ahead as the ring has room, then the rows, then what becomes free."""
+    """One warp: the first weights, once they are there the rows, then both as far ahead as the ring has room.
+
+    Every program begins at another depth, so that not all of them read the same rows' same columns at once.
+    """
     FIRST: gl.constexpr = BUFFERS if BUFFERS < STEPS else STEPS
-    for k in range(FIRST):
-        _load_weights(w0, w1, w2, ring0, ring1, ring2, full, k, n, k, Q, P0, P1, P2, ROWS, BLOCK_K)
+    turn = gl.program_id(0) * STEPS // gl.num_programs(0)
+    for k in range(EARLY):
+        _load_weights(w0, w1, w2, ring0, ring1, ring2, full, k, n, (k + turn) % STEPS, Q, P0, P1, P2, ROWS, BLOCK_K)
     _wait_for_input()
-    for k in range(FIRST):
-        _load_rows(a, a_ring, full, k, k, Q, BLOCK_K)
+    for k in range(EARLY):
+        _load_rows(a, a_ring, full, k, (k + turn) % STEPS, Q, BLOCK_K)
     if PER > 0:
         used = used_blocks(blocks, 0, M, ROWS)
         step = 0
@@ -133,11 +138,15 @@ def _load(
                 _load_weights(w0, w1, w2, high0, high1, high2, high_full, slot, n, k, 1, P0, P1, P2, ROWS, BLOCK_K)
                 _load_rows(ah, ah_ring, high_full, slot, k, 1, BLOCK_K)
                 step += 1
+    for k in range(EARLY, FIRST):
+        _load_weights(w0, w1, w2, ring0, ring1, ring2, full, k, n, (k + turn) % STEPS, Q, P0, P1, P2, ROWS, BLOCK_K)
+        _load_rows(a, a_ring, full, k, (k + turn) % STEPS, Q, BLOCK_K)
     for k in range(FIRST, STEPS):
         slot = k % BUFFERS
         mbarrier.wait(free.index(slot), ((k // BUFFERS) & 1) ^ 1)
-        _load_weights(w0, w1, w2, ring0, ring1, ring2, full, slot, n, k, Q, P0, P1, P2, ROWS, BLOCK_K)
-        _load_rows(a, a_ring, full, slot, k, Q, BLOCK_K)
+        at = (k + turn) % STEPS
+        _load_weights(w0, w1, w2, ring0, ring1, ring2, full, slot, n, at, Q, P0, P1, P2, ROWS, BLOCK_K)
+        _load_rows(a, a_ring, full, slot, at, Q, BLOCK_K)
     if R > 0:
         depth: gl.constexpr = o.block_type.shape[1]
         OUTLIER_SLOT: gl.constexpr = STEPS % BUFFERS
@@ -326,7 +335,7 @@ def linear_w8a8_few(
     zero_point_stride, weight_scale, weight_sum, bias, M, N,
     K: gl.constexpr, R: gl.constexpr, PER: gl.constexpr, CODES: gl.constexpr, Q: gl.constexpr, BUFFERS: gl.constexpr,
     HIGH_BUFFERS: gl.constexpr, P0: gl.constexpr, P1: gl.constexpr, P2: gl.constexpr, ROWS: gl.constexpr,
-    BLOCK_K: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
+    BLOCK_K: gl.constexpr, LOADER_REGISTERS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """`M` rows and `N` channels, of which a program has P0 + P1 + P2; `Q` blocks of `BLOCK_K` columns are a step of the
     ring. A bit of `blocks` stands for `PER` blocks of `ah`; 0: there is none."""
@@ -378,7 +387,7 @@ def linear_w8a8_few(
             (_load, (
                 a, w0, w1, w2, o, ow0, ow1, ow2, x0, x1, x2, ah, blocks, a_ring, ring0, ring1, ring2, full, free,
                 ah_ring, high0, high1, high2, high_full, high_free, n, M,
-                STEPS, R, PER, Q, BUFFERS, HIGH_BUFFERS, P0, P1, P2, ROWS, BLOCK_K,
+                STEPS, R, PER, Q, BUFFERS, HIGH_BUFFERS, P0, P1, P2, ROWS, BLOCK_K, EARLY,
             )),
         ],
         [1],
@@ -432,7 +441,9 @@ def launch(
     blocks_of_step = 2 if channels <= PAIRS else 1
     step = (ROWS + channels) * BLOCK_K
     room = SHARED - (0 if high is None else HIGH_BUFFERS * step)
-    steps = -(-k // (BLOCK_K * blocks_of_step)) + (r > 0) + (residual is not None)
+    steps = -(-k // (BLOCK_K * blocks_of_step))
+    buffers = max(3, min(room // (step * blocks_of_step), steps + (r > 0) + (residual is not None)))
+    early = max(1, min(buffers, steps, EARLY // (channels * BLOCK_K * blocks_of_step)))
     arguments = (
         descriptor(codes, ROWS, BLOCK_K), *each(weight, BLOCK_K),
         None if outliers is None else descriptor(outliers, ROWS, depth), *each(outlier_weight, depth), *each(residual),
@@ -442,8 +453,8 @@ def launch(
     )  # fmt: skip
     constants = {
         "K": k, "R": r, "PER": 0 if high is None else numerics.block_width(k) // BLOCK_K, "CODES": code_columns,
-        "Q": blocks_of_step, "BUFFERS": max(3, min(room // (step * blocks_of_step), steps)),
-        "HIGH_BUFFERS": HIGH_BUFFERS, "P0": parts[0], "P1": parts[1], "P2": parts[2], "ROWS": ROWS, "BLOCK_K": BLOCK_K,
+        "Q": blocks_of_step, "BUFFERS": buffers, "HIGH_BUFFERS": HIGH_BUFFERS, "EARLY": early,
+        "P0": parts[0], "P1": parts[1], "P2": parts[2], "ROWS": ROWS, "BLOCK_K": BLOCK_K,
         "LOADER_REGISTERS": LOADER_REGISTERS, "num_warps": WARPS, "maxnreg": REGISTERS, "launch_pdl": True,
     }  # fmt: skip
     return Launch(linear_w8a8_few, -(-n // channels), arguments, constants)
