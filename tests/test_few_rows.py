@@ -125,12 +125,15 @@ def test_kernels_over_rows_let_it_start(monkeypatch: pytest.MonkeyPatch) -> None
     for name in LINKED:
         monkeypatch.setattr(importlib.import_module(f"lowering.triton.{name}"), "linked", lambda device, rows: True)
     x, gamma, wide = empty(64, 4096), empty(4096), empty(64, 14336)
+    short = (empty(17, 7), empty(7), empty(7), 1e-5, 0.0, "layer")
     query, key = empty(64, 32, 1, 128), empty(64, 8, 1, 128)
     norms = (gamma, gamma, 1e-5, 0.0, "layer")
     cases: list[tuple[Any, tuple[Any, ...], int]] = [
         (norm.norm_quantize_rows, (x, *norms, None, True), 2),
         (norm.add_norm_quantize_rows, (x, x, *norms, None, True), 2),
         (hilo.norm_quantize_hilo_rows, (x, *norms, 6.0, True), 2),
+        (norm.norm_quantize_rows, (*short, None, True), 2),
+        (hilo.norm_quantize_hilo_rows, (*short, 6.0, True), 2),
         (quantize.quantize_rows, (x, True), 0),
         (hilo.quantize_hilo_rows, (x, 6.0, True), 0),
         (act.act_mul_quantize_rows, (wide, wide, "silu", None, True), 0),
@@ -273,7 +276,7 @@ def test_a_compiled_model_overlaps(scheme: str) -> None:
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(ahead, "overlapping", watched)
-        compiled = torch.compile(model, backend=int8, options={"scheme": scheme, "mode": "reduce-overhead"})
+        compiled = torch.compile(model, backend=int8, options={"recipe": scheme, "mode": "reduce-overhead"})
         outputs = [compiled(x).clone() for _ in range(6)]
         reference = model(x)
     assert any("'launch_pdl': True" in source and "_quantize" in source for source in found)

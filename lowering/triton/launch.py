@@ -65,7 +65,8 @@ def follow(LINKED: tl.constexpr):
 def ask_early(parameters, K: tl.constexpr, BLOCK: tl.constexpr, LINKED: tl.constexpr):
     """Before `follow`: have K parameters brought to the L2, which is as right at any time."""
     if LINKED and parameters is not None:
-        at = tl.arange(0, BLOCK // 32) * 32
+        LINES: tl.constexpr = max(1, BLOCK // 32)  # of 64 or 128 bytes
+        at = tl.arange(0, LINES) * 32
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [parameters + tl.where(at < K, at, 0)],
             dtype=tl.int32, is_pure=False, pack=1,
