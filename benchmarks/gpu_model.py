@@ -139,8 +139,13 @@ def milliseconds(function: Callable[[Tensor], Tensor], x: Tensor, repeats: int =
 
 
 def kernels(function: Callable[[Tensor], Tensor], x: Tensor) -> list[dict[str, Any]]:
-    """Every kernel of one call in order: name, microseconds, idle microseconds of the device before it."""
+    """Every kernel of one call in order: name, microseconds, idle microseconds of the device before it.
+
+    One that starts while another runs, and waits for it, has the time after that one's end.
+    """
     from torch.profiler import ProfilerActivity, profile
+
+    from int8pass.inspect.profiled import own_times
 
     with torch.no_grad(), profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(3):
@@ -150,11 +155,12 @@ def kernels(function: Callable[[Tensor], Tensor], x: Tensor) -> list[dict[str, A
     events = sorted(events, key=lambda e: e.time_range.start)
     events = events[-(len(events) // 3) :]  # of the last call
     rows, last = [], None
-    for event in events:
+    times = own_times([(e.time_range.start, e.time_range.end) for e in events])
+    for event, us in zip(events, times, strict=True):
         start, end = event.time_range.start, event.time_range.end
         idle = 0.0 if last is None else max(0.0, start - last)
-        rows.append({"name": event.name[:90], "us": round(end - start, 2), "idle": round(idle, 2)})
-        last = end
+        rows.append({"name": event.name[:90], "us": round(us, 2), "idle": round(idle, 2)})
+        last = end if last is None else max(last, end)
     return rows
 
 

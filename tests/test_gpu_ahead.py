@@ -242,7 +242,7 @@ def test_tracing_compiles_what_is_launched(outliers: int, hilo: bool, m: int) ->
     with FakeTensorMode():
         wgmma.linear_wgmma(*arguments("cuda"))
     ahead.wait()
-    kernel = wgmma.hopper_few.linear_w8a8_few if m <= 64 else wgmma.hopper._linear_w8a8_wgmma
+    kernel = (wgmma.hopper_few if m <= 64 else wgmma.hopper).linear_w8a8_wgmma
     kernels = kernel.device_caches[torch.cuda.current_device()][0]
     ready = len(kernels)
     out = wgmma.linear_wgmma(*arguments("cuda"))

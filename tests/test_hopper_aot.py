@@ -55,7 +55,7 @@ def compiled(
         "PART": side, "HALF": half, "BLOCK_K": depth, "GROUP": hopper.GROUP,
         "REGISTERS": hopper.REGISTERS, "LOADER_REGISTERS": hopper.LOADER_REGISTERS,
     }  # fmt: skip
-    kernel = hopper._linear_w8a8_wgmma
+    kernel = hopper.linear_w8a8_wgmma
     names = [p.name for p in kernel.params]
     full = {name: signature.get(name, "constexpr") for name in names}
     values = {(i,): constants.get(name) for i, name in enumerate(names) if full[name] == "constexpr"}

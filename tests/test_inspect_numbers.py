@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import logging
 import math
@@ -116,6 +117,21 @@ def test_histograms_curves_times_and_bytes(measured: tuple[nn.Module, list[Tenso
     assert schemes["w8a8"] < schemes["this recipe"]
     assert {row.op for row in report.runtime} >= {"linear_w8a8", "gated_linear_quantize_dynamic"}
     assert {row.site for row in report.runtime} >= {"gate", "down"}
+
+
+def test_kernels_that_overlap_have_the_time_after_the_one_before() -> None:
+    """Back to back or idle in between: their own. Inside another: none. Waiting for another: what is left."""
+    assert profiled.own_times([(0.0, 2.0), (2.0, 5.0), (9.0, 10.0)]) == [2.0, 3.0, 1.0]
+    assert profiled.own_times([(0.0, 10.0), (1.0, 4.0), (2.0, 12.0), (11.0, 13.0)]) == [10.0, 0.0, 2.0, 1.0]
+    assert profiled.own_times([]) == []
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e3)), max_size=30))
+def test_times_of_kernels_add_up_to_the_time_that_something_ran(found: list[tuple[float, float]]) -> None:
+    spans = sorted((start, start + length) for start, length in found)
+    edges = sorted({edge for span in spans for edge in span})
+    covered = sum(b - a for a, b in itertools.pairwise(edges) if any(s <= a and b <= e for s, e in spans))
+    assert sum(profiled.own_times(spans)) == pytest.approx(covered, abs=1e-6)
 
 
 def test_what_the_compiled_graph_ran(measured: tuple[nn.Module, list[Tensor], Report]) -> None:

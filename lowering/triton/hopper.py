@@ -387,7 +387,7 @@ def _multiply(
 
 
 @gluon.jit
-def _linear_w8a8_wgmma(
+def linear_w8a8_wgmma(
     a, w, o, ow, x, ah, blocks, c, scale, scale_stride, zero_point, zero_point_stride, weight_scale, weight_sum, bias,
     M, N, rows,
     K: gl.constexpr, R: gl.constexpr, PER: gl.constexpr, CODES: gl.constexpr, ACT: gl.constexpr,
@@ -495,4 +495,4 @@ def launch(
         "BUFFERS": BUFFERS if wide else NARROW_BUFFERS, "PART": PART, "HALF": HALF, "BLOCK_K": BLOCK_K, "GROUP": GROUP,
         "WIDE": wide, "REGISTERS": REGISTERS, "LOADER_REGISTERS": LOADER_REGISTERS, "num_warps": WARPS,
     }  # fmt: skip
-    return Launch(_linear_w8a8_wgmma, min(tiles, multiprocessors), arguments, constants)
+    return Launch(linear_w8a8_wgmma, min(tiles, multiprocessors), arguments, constants)

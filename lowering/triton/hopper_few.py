@@ -330,7 +330,7 @@ def _multiply(
 
 
 @gluon.jit
-def linear_w8a8_few(
+def linear_w8a8_wgmma(
     a, w0, w1, w2, o, ow0, ow1, ow2, x0, x1, x2, ah, blocks, c0, c1, c2, scale, scale_stride, zero_point,
     zero_point_stride, weight_scale, weight_sum, bias, M, N,
     K: gl.constexpr, R: gl.constexpr, PER: gl.constexpr, CODES: gl.constexpr, Q: gl.constexpr, BUFFERS: gl.constexpr,
@@ -457,4 +457,4 @@ def launch(
         "P0": parts[0], "P1": parts[1], "P2": parts[2], "ROWS": ROWS, "BLOCK_K": BLOCK_K,
         "LOADER_REGISTERS": LOADER_REGISTERS, "num_warps": WARPS, "maxnreg": REGISTERS, "launch_pdl": True,
     }  # fmt: skip
-    return Launch(linear_w8a8_few, -(-n // channels), arguments, constants)
+    return Launch(linear_w8a8_wgmma, -(-n // channels), arguments, constants)

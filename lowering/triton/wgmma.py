@@ -60,7 +60,7 @@ def linear_wgmma(
             None if residual is None else _aligned(residual.reshape(-1, n)), out.view(-1, n), act,
         )  # fmt: skip
         ahead.wait()
-        if launch.kernel is hopper_few.linear_w8a8_few:
+        if launch.kernel is hopper_few.linear_w8a8_wgmma:
             _settle(weight)
         launch.kernel[(launch.programs,)](*launch.arguments, **launch.constants)
     return out
