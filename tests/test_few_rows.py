@@ -24,7 +24,7 @@ from lowering.ops.linear import linear_w8a8  # noqa: E402
 from lowering.registry import random_tensor  # noqa: E402
 from lowering.triton import ahead, launch, wgmma  # noqa: E402
 
-needs_hopper = pytest.mark.skipif(not launch.is_hopper(torch.device("cuda")), reason="needs a Hopper GPU")
+needs_hopper = pytest.mark.skipif(not launch.overlaps(torch.device("cuda")), reason="needs a Hopper GPU")
 CUDA = torch.device("cuda")
 LINKED = ("norm", "act", "quantize", "attention", "hilo")  # modules of kernels that let the next one start
 
@@ -58,6 +58,7 @@ def test_the_layers_of_a_llama() -> None:
 def an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
     properties = types.SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(few, "overlaps", lambda device: True)
 
 
 def form(
@@ -167,7 +168,11 @@ def test_elsewhere_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("rows", "answer"), [(1, False), (16, False), (17, True), (64, True), (65, False)])
 def test_for_which_rows(monkeypatch: pytest.MonkeyPatch, rows: int, answer: bool) -> None:
     monkeypatch.setattr(launch, "is_hopper", lambda device: True)
+    monkeypatch.setattr(launch, "_driver", lambda: 12030)
     assert launch.linked(CUDA, rows) is answer
+    monkeypatch.setattr(launch, "_driver", lambda: 12020)  # CUDA graphs have no edge for it
+    assert launch.linked(CUDA, rows) is False
+    monkeypatch.setattr(launch, "_driver", lambda: 13000)
     monkeypatch.setattr(launch, "is_hopper", lambda device: False)
     assert launch.linked(CUDA, rows) is False
 

@@ -42,6 +42,7 @@ from lowering.triton.hopper import (
     synchronize,
     used_blocks,
 )
+from lowering.triton.launch import overlaps
 
 ROWS = 64  # of one wgmma
 LEAST, MOST = 16, 224  # channels of a program; all multiples of 16 between are sums of three powers of two
@@ -455,6 +456,7 @@ def launch(
         "K": k, "R": r, "PER": 0 if high is None else numerics.block_width(k) // BLOCK_K, "CODES": code_columns,
         "Q": blocks_of_step, "BUFFERS": buffers, "HIGH_BUFFERS": HIGH_BUFFERS, "EARLY": early,
         "P0": parts[0], "P1": parts[1], "P2": parts[2], "ROWS": ROWS, "BLOCK_K": BLOCK_K,
-        "LOADER_REGISTERS": LOADER_REGISTERS, "num_warps": WARPS, "maxnreg": REGISTERS, "launch_pdl": True,
+        "LOADER_REGISTERS": LOADER_REGISTERS, "num_warps": WARPS, "maxnreg": REGISTERS,
+        "launch_pdl": overlaps(device),
     }  # fmt: skip
     return Launch(linear_w8a8_wgmma, -(-n // channels), arguments, constants)

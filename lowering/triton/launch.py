@@ -8,6 +8,7 @@ exception is the Gluon kernel's, into which neither can look.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 import math
@@ -80,10 +81,27 @@ def is_hopper(device: torch.device) -> bool:
     return there and torch.cuda.get_device_capability(device) == (9, 0)
 
 
+@functools.cache
+def _driver() -> int:
+    """The CUDA version of the driver, 12030 for 12.3; 0 where there is none to ask."""
+    version = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return 0
+    return 0 if failed else version.value
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether launches on a device may overlap (programmatic dependent launch, CUDA C++ Programming Guide, section
+    6.2.7), in CUDA graphs too: since CUDA 12.3 these have edges for it."""
+    return is_hopper(device) and _driver() >= 12030
+
+
 def linked(device: torch.device, rows: Any) -> bool:
-    """Whether a kernel over `rows` starts while the one before it runs (programmatic dependent launch, CUDA C++
-    Programming Guide, section 6.2.7): where steps are reading weights, and a linear can begin with those."""
-    return is_hopper(device) and FEW_ROWS[0] <= expected_rows(rows) <= FEW_ROWS[1]
+    """Whether a kernel over `rows` starts while the one before it runs: where steps are reading weights, and a linear
+    can begin with those."""
+    return overlaps(device) and FEW_ROWS[0] <= expected_rows(rows) <= FEW_ROWS[1]
 
 
 def traceable(function: Callable[..., Any]) -> Callable[..., Any]:

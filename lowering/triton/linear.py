@@ -30,6 +30,7 @@ from lowering.triton.launch import (
     empty,
     expected_rows,
     is_hopper,
+    overlaps,
     per_row,
     rounded,
     takes_rows,
@@ -515,7 +516,7 @@ def on_wgmma(
     rows, (n, k) = expected_rows(math.prod(codes.shape[:-1])), weight.shape
     if measured(codes.device, rows, n, k) is not None:
         return many
-    return FEW_ROWS[0] <= rows <= FEW_ROWS[1] or many
+    return (FEW_ROWS[0] <= rows <= FEW_ROWS[1] and overlaps(codes.device)) or many
 
 
 def _takes_wgmma(
