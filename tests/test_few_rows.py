@@ -178,10 +178,11 @@ def test_for_which_rows(monkeypatch: pytest.MonkeyPatch, rows: int, answer: bool
 
 
 def test_inductor_is_told_once() -> None:
-    source = "triton_meta={'signature': {}, 'constants': {'LINKED': %s}}, inductor_meta={}"
-    told = ahead.overlapping(source % True)
-    assert told == "triton_meta={'launch_pdl': True, 'signature': {}, 'constants': {'LINKED': True}}, inductor_meta={}"
-    assert ahead.overlapping(source % False) == source % False
+    source = "triton_meta={'signature': {}, 'constants': {'LINKED': %s}}, inductor_meta={}\ndef kernel(): %s"
+    told = ahead.overlapping(source % (True, "follow(LINKED)"))
+    assert told == source.replace("'sig", "'launch_pdl': True, 'sig") % (True, "follow(LINKED)")
+    others = [source % (False, "follow(LINKED)"), source % (True, "pass  # of somebody else, and does not wait")]
+    assert [ahead.overlapping(other) for other in others] == others
     assert ahead.overlapping("def other(): pass") == "def other(): pass"
 
 

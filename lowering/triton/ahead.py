@@ -122,13 +122,10 @@ def overlapping(source: str) -> str:
     """What Inductor writes for a kernel that starts while the one before it runs (`lowering.triton.launch.linked`).
 
     It launches its own kernels that way if what it writes beside them says so, and has no word for those it is given.
-    Without this word they are as right, and wait.
+    Without this word they are as right, and wait. A kernel that does not call `follow` must not be launched so.
     """
-    return (
-        source.replace("triton_meta={", "triton_meta={'launch_pdl': True, ", 1)
-        if "'LINKED': True" in source
-        else source
-    )
+    follows = "'LINKED': True" in source and "follow(LINKED)" in source
+    return source.replace("triton_meta={", "triton_meta={'launch_pdl': True, ", 1) if follows else source
 
 
 def _compile_here(device: int, compile_kernel: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
