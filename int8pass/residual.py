@@ -18,7 +18,11 @@ from int8pass.lower import choose
 from lowering import registry
 from lowering.ops import hilo, linear, norm
 
-_LINEARS = {"linear_w8a8": linear.linear_w8a8_add, "linear_w8a8_hilo": hilo.linear_w8a8_hilo_add}
+_LINEARS = {
+    "linear_w8a8": linear.linear_w8a8_add,
+    "linear_w8a8_hilo": hilo.linear_w8a8_hilo_add,
+    "linear_w8a16": linear.linear_w8a16_add,
+}
 _NORMS = {"add_norm_quantize": norm.norm_quantize, "add_norm_quantize_hilo": hilo.norm_quantize_hilo}
 
 

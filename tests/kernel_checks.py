@@ -379,6 +379,11 @@ def hard_samples(name: str, device: torch.device) -> Iterator[Sample]:
         yield from _w8a8_group_samples(device)
     elif name == "linear_w8a16":
         yield from _w8a16_samples(device)
+    elif name == "linear_w8a16_add":
+        for sample in _w8a16_samples(device):
+            x, weight, *_ = sample.args
+            residual = random_tensor(*x.shape[:-1], len(weight) + 3, device=device, dtype=x.dtype, seed=6)[..., :-3]
+            yield Sample(sample.label, (*sample.args, residual if len(sample.label) % 2 else residual.contiguous()))
     elif name == "attention":
         yield from attention_samples.samples(device)
     else:

@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 SM90 = GPUTarget("cuda", 90, 32)
 META = torch.device("meta")
 BF16, F32, F16, I8, I32 = torch.bfloat16, torch.float32, torch.float16, torch.int8, torch.int32
-WRAPPERS = ("act", "attention", "columns", "hilo", "linear", "norm", "quantize")
+WRAPPERS = ("act", "attention", "columns", "hilo", "linear", "linear_w8a16", "norm", "quantize")
 POINTER = {
     F32: "*fp32", BF16: "*bf16", F16: "*fp16", I8: "*i8", torch.int16: "*i16", I32: "*i32", torch.int64: "*i64",
     torch.bool: "*i1",

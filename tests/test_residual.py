@@ -84,16 +84,32 @@ def test_sums_go_into_linears(scheme: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.usefixtures("in_epilogues")
-def test_applied_twice_changes_nothing() -> None:
-    assert residual.residuals_into_linears(run_pass(*inputs(Block), "w8a8").programs[0]) == 0
+def test_sums_go_into_linears_of_float_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There no norm takes a sum, so that each would be a kernel of its own."""
+    model, x = inputs(Block)
+    found = run_pass(model, x, "w8a16")
+    assert found.ops["linear_w8a16_add"] == 4
+    assert not any(found.ops[name] for name in ("linear_w8a16", "add"))
+    monkeypatch.undo()
+    apart = run_pass(model, x, "w8a16")
+    assert (apart.ops["linear_w8a16"], apart.ops["add"]) == (4, 4)
+    assert relative_error(found.output, apart.output) < 1e-5
+    assert relative_error(found.output, model(x)) < 0.01
 
 
 @pytest.mark.usefixtures("in_epilogues")
-def test_other_sums_stay() -> None:
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
+def test_applied_twice_changes_nothing(scheme: str) -> None:
+    assert residual.residuals_into_linears(run_pass(*inputs(Block), scheme).programs[0]) == 0
+
+
+@pytest.mark.usefixtures("in_epilogues")
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
+def test_other_sums_stay(scheme: str) -> None:
     model, x = inputs(Alone)
-    found = run_pass(model, x, "w8a8")
-    assert found.ops["linear_w8a8"] == 5
-    assert found.ops["linear_w8a8_add"] == 0
+    found = run_pass(model, x, scheme)
+    assert found.ops[f"linear_{scheme}"] == 5
+    assert found.ops[f"linear_{scheme}_add"] == 0
     assert relative_error(found.output, model(x)) < 0.02
 
 
@@ -136,12 +152,13 @@ class Sum(nn.Module):
 
 
 @pytest.mark.usefixtures("in_epilogues")
-def test_a_16_bit_sum_is_rounded_once() -> None:
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
+def test_a_16_bit_sum_is_rounded_once(scheme: str) -> None:
     """It is the sum in fp32, rounded; apart, most results of a linear in bf16 are off by its own rounding."""
     model, x = inputs(Sum, torch.bfloat16)
-    found = run_pass(model, x, "w8a8")
-    assert found.ops["linear_w8a8_add"] == 1
-    wide = run_pass(model.float(), x.float(), "w8a8").output
+    found = run_pass(model, x, scheme)
+    assert found.ops[f"linear_{scheme}_add"] == 1
+    wide = run_pass(model.float(), x.float(), scheme).output
     assert torch.equal(found.output, wide.bfloat16())
 
 
@@ -174,15 +191,16 @@ def test_the_inspection_follows_them(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_epilogues")
-def test_on_trained_weights(smollm2: tuple[nn.Module, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
+def test_on_trained_weights(scheme: str, smollm2: tuple[nn.Module, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """SmolLM2: every layer has two sums, and its result is that of norms that add."""
     model, ids = smollm2
     layers = FirstLayers(model, 4)
     with torch.no_grad():
-        found = run_pass(layers, ids[:, :32], "w8a8")
+        found = run_pass(layers, ids[:, :32], scheme)
         monkeypatch.undo()
-        apart = run_pass(layers, ids[:, :32], "w8a8")
-    assert found.ops["linear_w8a8_add"] == 8
+        apart = run_pass(layers, ids[:, :32], scheme)
+    assert found.ops[f"linear_{scheme}_add"] == 8
     assert relative_error(found.output, apart.output) < 0.01
 
 

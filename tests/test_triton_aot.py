@@ -15,7 +15,7 @@ if triton.knobs.runtime.interpret:
 
 from sm90 import BF16, F16, F32, I8, Compiled, compile_for_sm90, empty, launches, one, w8a8_args  # noqa: E402
 
-from lowering.triton import hilo, linear, tuning  # noqa: E402
+from lowering.triton import hilo, linear, linear_w8a16, tuning  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Linear layers
@@ -82,17 +82,22 @@ def test_w8a8_odd(
 
 
 W8A16_CASES = [
-    *((m, n, BF16) for m, n in [(1, 4096), *shapes(linear.W8A16_TILES)]),
-    *((m, n, F32) for m, n in [(1, 4096), *shapes(linear.W8A16_FP32_TILES)]),
+    *((m, n, BF16) for m, n in [(1, 4096), *shapes(linear_w8a16.W8A16_TILES)]),
+    *((m, n, F32) for m, n in [(1, 4096), *shapes(linear_w8a16.W8A16_FP32_TILES)]),
 ]
 
 
+@pytest.mark.parametrize("residual", [False, True], ids=["bare", "residual"])
 @pytest.mark.parametrize(("m", "n", "dtype"), W8A16_CASES, ids=str)
-def test_w8a16(monkeypatch: pytest.MonkeyPatch, m: int, n: int, dtype: torch.dtype) -> None:
+def test_w8a16(monkeypatch: pytest.MonkeyPatch, m: int, n: int, dtype: torch.dtype, residual: bool) -> None:
     args = (empty(m, 4096, dtype=dtype), empty(n, 4096, dtype=I8), empty(n, dtype=F32), empty(n, dtype=dtype))
-    _, code = one(monkeypatch, linear.linear_w8a16_tiles, *args)
+    operator, more = linear_w8a16.linear_w8a16_tiles, ()
+    if residual:
+        operator, more = linear_w8a16.linear_w8a16_add_tiles, (empty(m, n, dtype=dtype),)
+    _, code = one(monkeypatch, operator, *args, *more)
     assert code.stack == 0, "spills"
     assert code.shared <= 227 * 1024
+    assert "cp.async" in code.ptx, "weights stream through shared memory, also of one row"
     assert ("mma" in code.ptx) == (m > 1 and dtype == BF16), "tensor cores for 16-bit floats, never for fp32 (tf32)"
 
 

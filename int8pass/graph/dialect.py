@@ -28,6 +28,7 @@ FUSED_OPS = {
     "act_mul_quantize_dynamic", "gated_linear_quantize", "gated_linear_quantize_dynamic", "quantize_hilo",
     "norm_quantize_hilo", "add_norm_quantize_hilo", "act_mul_quantize_hilo", "linear_w8a8_hilo",
     "gated_linear_quantize_hilo", "linear_w8a8_add", "linear_w8a8_hilo_add",
+    "linear_w8a16_add",
 }  # fmt: skip
 
 

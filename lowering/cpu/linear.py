@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowering.cpu import native
 from lowering.numerics import rows
-from lowering.ops.linear import linear_w8a8, linear_w8a8_add, linear_w8a16
+from lowering.ops.linear import linear_w8a8, linear_w8a8_add, linear_w8a16, linear_w8a16_add
 
 FEW_ROWS = 32
 
@@ -175,3 +175,4 @@ def native_linear_w8a16(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: T
 
 # For graphs that someone writes: on a CPU Inductor adds the residual where it is read next, and nothing makes this op.
 linear_w8a8_add.impl("cpu", composed=True)(linear_w8a8_add.reference)
+linear_w8a16_add.impl("cpu", composed=True)(linear_w8a16_add.reference)

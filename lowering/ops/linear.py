@@ -129,8 +129,25 @@ def w8a16_samples(device: torch.device) -> Iterator[Sample]:
 @op(samples=w8a16_samples, tolerance=Tolerance(rtol=2e-5, atol=2e-5))
 def linear_w8a16(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """Weight-only int8: `y[..., N] = (x[..., K] @ weight[N, K]ᵀ) · weight_scale[N] + bias`, in fp32, as `x.dtype`."""
+    return _weight_only(x, weight, weight_scale, bias).to(x.dtype)
+
+
+def _weight_only(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     y = (x.float() @ weight.float().t()) * weight_scale
-    return (y if bias is None else y + bias.float()).to(x.dtype)
+    return y if bias is None else y + bias.float()
+
+
+def _w8a16_add_samples(device: torch.device) -> Iterator[Sample]:
+    for sample in w8a16_samples(device):
+        x, weight, *_ = sample.args
+        residual = random_tensor(*x.shape[:-1], weight.shape[0], device=device, dtype=x.dtype, seed=5)
+        yield Sample(sample.label, (*sample.args, residual))
+
+
+@op(samples=_w8a16_add_samples, tolerance=Tolerance(rtol=2e-5, atol=2e-5))
+def linear_w8a16_add(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """`linear_w8a16(…) + residual[..., N]`, rounded once to `x.dtype`."""
+    return (_weight_only(x, weight, weight_scale, bias) + residual.float()).to(x.dtype)
 
 
 def w8a8_group_samples(device: torch.device) -> Iterator[Sample]:

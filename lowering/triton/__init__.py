@@ -8,6 +8,21 @@ except ImportError as error:
         "pip install triton). Only compiling for a GPU needs it."
     ) from error
 
-from lowering.triton import act, attention, gated, hilo, linear, linear_groups, norm, per_tensor, quantize, residual
+from lowering.triton import (
+    act,
+    attention,
+    gated,
+    hilo,
+    linear,
+    linear_groups,
+    linear_w8a16,
+    norm,
+    per_tensor,
+    quantize,
+    residual,
+)
 
-__all__ = ["act", "attention", "gated", "hilo", "linear", "linear_groups", "norm", "per_tensor", "quantize", "residual"]
+__all__ = [
+    "act", "attention", "gated", "hilo", "linear", "linear_groups", "linear_w8a16", "norm", "per_tensor", "quantize",
+    "residual",
+]  # fmt: skip

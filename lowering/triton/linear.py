@@ -1,6 +1,6 @@
-"""Linear layers on int8 weights: int8 × int8 on tensor cores (W8A8) and float × int8 (W8A16).
+"""Linear layers of int8 rows and int8 weights (W8A8), on tensor cores.
 
-W8A8 accumulates in int32 and finishes each tile in fp32: zero point, row and channel scale, outlier columns, bias, one
+They accumulate in int32 and finish each tile in fp32: zero point, row and channel scale, outlier columns, bias, one
 rounding. Tiles of 64 rows and more use Hopper's warpgroup instruction, fewer rows the 16-row one of every chip since
 Turing. Rows beyond the last are masked, not clamped to it: programs that all read one row again queue at its place in
 the L2 (a clamped decode step took 1.4 times as long).
@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowering import numerics
-from lowering.ops.linear import linear_w8a8, linear_w8a16
+from lowering.ops.linear import linear_w8a8
 from lowering.triton.launch import (
     FEW_ROWS,
     FLOATS,
@@ -33,7 +33,6 @@ from lowering.triton.launch import (
     overlaps,
     per_row,
     rounded,
-    takes_rows,
     traceable,
     wrap_triton,
     writes,
@@ -69,21 +68,6 @@ W8A8_FP32_OUTLIER_TILES: Tiles = (
     (16, ANY, Tile(16, 32, 256, 4, 4)),
     (ANY, ANY, Tile(64, 64, 128, 4, 4)),
 )
-W8A16_TILES: Tiles = (
-    (16, ANY, Tile(16, 32, 256, 4, 4)),
-    (32, 8448, Tile(32, 32, 256, 4, 4)),
-    (32, ANY, Tile(32, 64, 128, 4, 4)),
-    (64, 8448, Tile(64, 32, 256, 4, 3)),
-    (64, ANY, Tile(64, 64, 128, 4, 4)),
-    (512, 8448, Tile(64, 128, 64, 4, 4)),
-    (ANY, ANY, Tile(128, 128, 64, 8, 3)),
-)
-W8A16_FP32_TILES: Tiles = (
-    (16, ANY, Tile(16, 32, 64, 4, 3)),
-    (ANY, ANY, Tile(64, 64, 32, 8, 3)),
-)
-GEMV_ROWS, GEMV_BLOCK = 8, 512
-
 # Codes of 8 bits with a zero point reach 255 · 127 a product: beyond this depth an int32 sum may overflow.
 MAX_K = (2**31 - 1) // (255 * 127)
 
@@ -250,63 +234,6 @@ def _linear_w8a8_kernel(
     if bias is not None:
         y += tl.load(bias + first_n + cols, mask=has_col, other=0.0).to(tl.float32)[None, :]
     store_tile(out, y, first_m, first_n, rows, cols, has_row, has_col, N)
-
-
-@writes("out")
-@triton.jit
-def _linear_w8a16_kernel(
-    x, x_stride, weight, weight_stride, weight_scale, bias, out, M, N,
-    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    EVEN_N: tl.constexpr,
-):  # fmt: skip
-    tile_m, tile_n = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP)
-    first_m = (tile_m * BLOCK_M).to(tl.int64)
-    first_n = (tile_n * BLOCK_N).to(tl.int64)
-    rows = tl.arange(0, BLOCK_M)
-    cols = tl.arange(0, BLOCK_N)
-    has_row = rows < M - tile_m * BLOCK_M
-    has_col = cols < N - tile_n * BLOCK_N
-    depth = tl.arange(0, BLOCK_K)
-    x_pointers = x + first_m * x_stride + (rows[:, None] * x_stride + depth[None, :])
-    w_pointers = weight + first_n * weight_stride + (cols[:, None] * weight_stride + depth[None, :])
-    y = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for start in range(0, K, BLOCK_K):
-        a = load_tile(x_pointers, has_row, depth < K - start, False, K % BLOCK_K == 0)
-        w = load_tile(w_pointers, has_col, depth < K - start, EVEN_N, K % BLOCK_K == 0)
-        # A code fits bf16 and fp16 exactly; the channel's scale comes after the sum.
-        if INTERPRETED:
-            a, w = a.to(tl.float32), w.to(tl.float32)
-        else:
-            w = w.to(x.dtype.element_ty)
-        y = tl.dot(a, w.T, y, input_precision="ieee")
-        x_pointers += BLOCK_K
-        w_pointers += BLOCK_K
-    y *= tl.load(weight_scale + first_n + cols, mask=has_col, other=0.0)[None, :]
-    if bias is not None:
-        y += tl.load(bias + first_n + cols, mask=has_col, other=0.0).to(tl.float32)[None, :]
-    store_tile(out, y, first_m, first_n, rows, cols, has_row, has_col, N)
-
-
-@writes("out")
-@triton.jit
-def _gemv_w8a16_kernel(
-    x, weight, weight_stride, weight_scale, bias, out, N,
-    K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """One row of `x`: no tensor core, each program streams `BLOCK_N` rows of the weight."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    has_col = n < N
-    weight += n.to(tl.int64)[:, None] * weight_stride
-    total = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
-    for start in range(0, K, BLOCK_K):
-        depth = start + tl.arange(0, BLOCK_K)
-        a = tl.load(x + depth, mask=depth < K, other=0.0).to(tl.float32)
-        w = tl.load(weight + depth[None, :], mask=has_col[:, None] & (depth < K)[None, :], other=0)
-        total += a[None, :] * w.to(tl.float32)
-    y = tl.sum(total, 1) * tl.load(weight_scale + n, mask=has_col, other=0.0)
-    if bias is not None:
-        y += tl.load(bias + n, mask=has_col, other=0.0).to(tl.float32)
-    tl.store(out + n, rounded(y, out.dtype.element_ty), mask=has_col)
 
 
 @functools.cache
@@ -600,33 +527,3 @@ def linear_w8a8_wgmma(
     return wgmma_product(
         codes, scale, zero_point, weight, weight_scale, weight_sum, bias, outliers, outlier_weight, columns, dtype
     )
-
-
-@linear_w8a16.impl("triton", when=lambda x, *rest: takes_rows(x))
-@traceable
-def linear_w8a16_tiles(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """One launch: a product without tensor cores for a single row, else the weight tile widened to the type of `x`."""
-    rows = as_rows(x)
-    m, k, n = rows.count, rows.width, weight.shape[0]
-    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
-    if empty(m) or empty(n):
-        return out
-    weight, weight_scale = _weight_rows(weight), weight_scale.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    if isinstance(m, int) and m == 1:
-        block = min(GEMV_BLOCK, triton.next_power_of_2(k))
-        wrap_triton(_gemv_w8a16_kernel)[(_count(n, GEMV_ROWS),)](
-            rows.data, weight, weight.stride(0), weight_scale, bias, out, n,
-            K=k, BLOCK_N=GEMV_ROWS, BLOCK_K=block, num_warps=4,
-        )  # fmt: skip
-        return out
-    tiles = W8A16_FP32_TILES if x.dtype == torch.float32 else W8A16_TILES
-    # The widened weight tile passes through shared memory beside the stages: leave room for it.
-    sizes = (x.dtype.itemsize, 1 + x.dtype.itemsize)
-    tile = choose_tile(tiles, expected_rows(m), n, k, sizes, shared_memory(x.device))
-    wrap_triton(_linear_w8a16_kernel)[(_count(m, tile.m) * _count(n, tile.n),)](
-        rows.data, rows.stride, weight, weight.stride(0), weight_scale, bias, out, m, n,
-        K=k, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=GROUP_M,
-        EVEN_N=n % tile.n == 0, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
-    return out
