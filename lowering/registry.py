@@ -2,15 +2,15 @@
 
 The reference function *is* the op. Its signature gives the `torch.library` schema, running it on fake tensors gives
 shapes and dtypes, and its result is what every implementation is compared with. An implementation names a target
-("cpu", "triton", "onnx"), may restrict itself with a pure predicate of the arguments, and must have the parameters of
-the reference.
+("cpu", "triton", "onnx"), may restrict itself with a pure predicate of the arguments that the predicate names, and must
+have the parameters of the reference.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -46,12 +46,13 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Prepack:
-    """Says that an implementation would rather have `compute(argument, *options(*args))` in place of the argument
-    called `parameter`, where that is a constant of the graph: it is then computed once instead of in every call."""
+    """Says that an implementation would rather have `compute(argument, *options)` in place of the argument called
+    `parameter`, where that is a constant of the graph: it is then computed once instead of in every call. What
+    `options` gives is made of the arguments that it names."""
 
     parameter: str
     compute: Callable[..., Tensor]
-    options: Callable[..., tuple[Any, ...]] = lambda *args: ()
+    options: Callable[..., tuple[Any, ...]] = lambda: ()
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,20 @@ class Implementation:
         if verdict is True:
             return None
         return verdict if isinstance(verdict, str) else f"{self.name} does not take these arguments"
+
+
+def of_named(reference: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of all arguments of `reference`, though it has only those parameters of it that it looks at.
+
+    Raises:
+        TypeError: a parameter is none of the reference's, and has no default.
+    """
+    given, asked = list(inspect.signature(reference).parameters), inspect.signature(function).parameters
+    unknown = [name for name, parameter in asked.items() if name not in given and parameter.default is parameter.empty]
+    if unknown:
+        raise TypeError(f"{reference.__name__} has no parameter {', '.join(unknown)}; it has {', '.join(given)}")
+    places = {name: given.index(name) for name in asked if name in given}
+    return lambda *args: function(**{name: args[place] for name, place in places.items()})
 
 
 @dataclass
@@ -102,19 +117,25 @@ class Op:
         self,
         target: str,
         *,
-        when: Callable[..., bool | str] = lambda *args: True,
+        when: Callable[..., bool | str] = lambda: True,
         name: str | None = None,
         prepack: Prepack | None = None,
         composed: bool = False,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Attach the decorated function as an implementation for `target`. The latest attached is asked first."""
+        """Attach the decorated function as an implementation for `target`. The latest attached is asked first.
+
+        `when` has parameters of the op's, by name, as many as it looks at; others must have a default, so that one
+        predicate can serve several ops.
+        """
 
         def attach(function: Callable[..., Any]) -> Callable[..., Any]:
             ours, theirs = inspect.signature(self.reference), inspect.signature(function)
             if list(ours.parameters) != list(theirs.parameters):
                 raise TypeError(f"{target} implementation of {self.name} takes {theirs}, the op takes {ours}")
             label = name or f"{target}:{function.__name__}"
-            self.implementations.insert(0, Implementation(target, label, function, when, prepack, composed))
+            asked = of_named(self.reference, when)
+            packed = prepack and replace(prepack, options=of_named(self.reference, prepack.options))
+            self.implementations.insert(0, Implementation(target, label, function, asked, packed, composed))
             return function
 
         return attach

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import lowering.cpu
 import lowering.ops
-from lowering.registry import Implementation, LoweringError, Op, Sample, all_ops, random_tensor
+from lowering.registry import Implementation, LoweringError, Op, Sample, all_ops, of_named, random_tensor
 
 GPU = torch.cuda.is_available()
 CPU = torch.device("cpu")
@@ -142,6 +142,20 @@ def test_no_implementation_names_op_target_and_reason() -> None:
     args = next(iter(op.samples(CPU))).args
     with pytest.raises(LoweringError, match=r"'linear_w8a16' has no implementation for target 'abacus'.*cpu"):
         op.choose("abacus", args)
+
+
+def test_a_predicate_gets_the_arguments_it_names() -> None:
+    def reference(x: int, weight: int, bias: int) -> int:
+        raise AssertionError("only its parameters count")
+
+    def predicate(bias: int, x: int, outliers: int = 7) -> tuple[int, ...]:
+        return bias, x, outliers
+
+    assert of_named(reference, predicate)(1, 2, 3) == (3, 1, 7)
+    with pytest.raises(TypeError, match="reference has no parameter wieght; it has x, weight, bias"):
+        of_named(reference, lambda x, wieght: True)
+    with pytest.raises(TypeError, match="no parameter args"):
+        of_named(reference, lambda *args: True)
 
 
 @needs_triton

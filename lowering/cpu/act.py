@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowering.cpu import native
-from lowering.cpu.linear import native_arguments, native_w8a8
+from lowering.cpu.linear import native_arguments, native_linear_w8a8
 from lowering.cpu.quantize import quantize_rows, split_rows
 from lowering.ops.act import (
     ACTIVATIONS,
@@ -22,7 +22,7 @@ from lowering.ops.linear import linear_w8a8
 act_mul_quantize.impl("cpu")(act_mul_quantize.reference)
 
 
-@act_mul_quantize.impl("cpu", when=lambda gate, *rest: native.takes(gate))
+@act_mul_quantize.impl("cpu", when=lambda gate: native.takes(gate))
 def native_act_mul_quantize(
     gate: Tensor, up: Tensor, act: str, columns: Tensor | None, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -41,9 +41,10 @@ def act_mul_then_split_quantize(
 def _gated_linear(*args: Any) -> Tensor:
     """`act(gate) * up` of a linear: in its kernel where that takes it, else from the linear of whichever takes it."""
     *linear, act = args
-    if native_w8a8(*linear) is True:
+    chosen = linear_w8a8.choose("cpu", tuple(linear)).function
+    if chosen is native_linear_w8a8:
         return native.gated_linear(*native_arguments(*linear), act)
-    gate, up = linear_w8a8.choose("cpu", tuple(linear)).function(*linear).chunk(2, -1)
+    gate, up = chosen(*linear).chunk(2, -1)
     return ACTIVATIONS[act](gate) * up
 
 

@@ -13,7 +13,7 @@ attention.impl("cpu", name="cpu:scaled_dot_product_attention")(attention.referen
 FEWEST_QUERIES = 16  # Tiles have as many rows, and keys are put in order for every call.
 
 
-def _takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float) -> bool | str:
+def _takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> bool | str:
     if any(x.dtype != torch.bfloat16 for x in (query, key, value)):
         return "the native attention takes bfloat16"
     if mask is not None and mask.dtype != torch.bool and mask.dtype not in native.FLOATS:

@@ -70,12 +70,12 @@ def linear_dequantized_weight(x: Tensor, weight: Tensor, weight_scale: Tensor, b
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def _one_row(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> bool | str:
+def _one_row(x: Tensor) -> bool | str:
     return rows(x) == 1 or "takes a single token"
 
 
-def _one_bf16_row(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> bool | str:
-    if x.dtype != torch.bfloat16 or _one_row(x, weight, weight_scale, bias) is not True:
+def _one_bf16_row(x: Tensor, weight: Tensor) -> bool | str:
+    if x.dtype != torch.bfloat16 or _one_row(x) is not True:
         return "takes a single bf16 token"
     n, k = weight.shape
     # ATen's kernel reads whole vectors: at other sizes it reads past the end.
@@ -113,18 +113,19 @@ def linear_int8pack(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tenso
     return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
-def native_w8a8(codes: Tensor, *rest: object) -> bool | str:
+def _native_w8a8(
+    codes: Tensor, bias: Tensor | None, outliers: Tensor | None, outlier_weight: Tensor | None, dtype: torch.dtype
+) -> bool | str:
     """Whether the native kernels take these arguments of `linear_w8a8`."""
-    bias, outliers, outlier_weight, dtype = rest[5], rest[6], rest[7], rest[9]
     if dtype not in native.FLOATS:
         return f"the native kernels give float32, bfloat16 and float16, not {dtype}"
     for tensor in (bias, outliers, outlier_weight):
-        if isinstance(tensor, Tensor) and tensor.dtype not in native.FLOATS:
+        if tensor is not None and tensor.dtype not in native.FLOATS:
             return f"the native kernels take float32, bfloat16 and float16, not {tensor.dtype}"
     return native.takes_width(codes)
 
 
-@linear_w8a8.impl("cpu", when=native_w8a8)
+@linear_w8a8.impl("cpu", when=_native_w8a8)
 def native_linear_w8a8(
     codes: Tensor,
     scale: Tensor,
@@ -160,7 +161,7 @@ def native_arguments(codes: Tensor, scale: Tensor, zero_point: Tensor | None, *r
 FEW_FLOAT_ROWS = 8
 
 
-def _native_w8a16(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> bool | str:
+def _native_w8a16(x: Tensor, bias: Tensor | None) -> bool | str:
     if (rows(x) or FEW_FLOAT_ROWS + 1) > FEW_FLOAT_ROWS:
         return f"the native kernel takes up to {FEW_FLOAT_ROWS} tokens"
     return native.takes(x, bias)

@@ -12,7 +12,7 @@ for _op in (norm.rms_norm, norm.norm_quantize, norm.add_norm_quantize):
     _op.impl("cpu")(_op.reference)
 
 
-@norm.norm_quantize.impl("cpu", when=lambda x, *rest: native.takes(x))
+@norm.norm_quantize.impl("cpu", when=lambda x: native.takes(x))
 def native_norm_quantize(
     x: Tensor,
     weight: Tensor | None,
@@ -27,7 +27,7 @@ def native_norm_quantize(
     return quantize_rows(norm.normalize(x, weight, bias, eps, offset, mode), columns, symmetric)
 
 
-@norm.add_norm_quantize.impl("cpu", when=lambda x, *rest: native.takes(x))
+@norm.add_norm_quantize.impl("cpu", when=lambda x: native.takes(x))
 def native_add_norm_quantize(
     x: Tensor,
     residual: Tensor,

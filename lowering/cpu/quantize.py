@@ -65,7 +65,7 @@ def split_quantize_by_column_search(
     return codes, scale, zero_point, outliers, columns, overflow
 
 
-def _takes(x: Tensor, *rest: object) -> bool | str:
+def _takes(x: Tensor) -> bool | str:
     return native.takes(x)
 
 

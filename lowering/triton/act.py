@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -128,7 +130,10 @@ def _product_absmax_kernel(
     raise_absmax(bits, tl.max(best, 0), cols, floor, K)
 
 
-def _fits(gate: Tensor, up: Tensor, act: str, *rest: object) -> bool | str:
+PREPACKED = replace(PREPACKED_COLUMNS, options=lambda gate: (gate.shape[-1],))
+
+
+def _fits(gate: Tensor, up: Tensor, act: str) -> bool | str:
     if act not in CODE:
         return f"activation {act!r} is none of {', '.join(ACTIVATIONS)}"
     return takes_rows(gate, up)
@@ -152,7 +157,7 @@ def _act_mul_quantize(
     return codes, scale, zero_point, outliers
 
 
-@act_mul_quantize.impl("triton", when=_fits, prepack=PREPACKED_COLUMNS)
+@act_mul_quantize.impl("triton", when=_fits, prepack=PREPACKED)
 @traceable
 def act_mul_quantize_rows(
     gate: Tensor, up: Tensor, act: str, columns: Tensor | None, symmetric: bool

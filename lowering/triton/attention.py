@@ -150,9 +150,7 @@ def _on_old_gpu(query: Tensor) -> bool:
 attention.impl("triton", name="triton:scaled_dot_product_attention")(attention.reference)
 
 
-def _shares_heads(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
-) -> bool | str:
+def _shares_heads(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> bool | str:
     """What PyTorch's flash and cuDNN kernels take: elsewhere shared heads would mean its plain form, which holds all
     T · S products, where repeated ones have a kernel."""
     if query.dtype not in (torch.bfloat16, torch.float16) or mask is not None:
@@ -176,9 +174,7 @@ def attention_grouped(
     return F.scaled_dot_product_attention(query, key, value, mask, 0.0, causal, scale=scale, enable_gqa=True)
 
 
-def _few_queries(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
-) -> bool | str:
+def _few_queries(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool | str:
     if query.dtype not in (torch.bfloat16, torch.float16) or not query.dtype == key.dtype == value.dtype:
         return "the kernel for few queries takes 16-bit floats of one kind"
     if mask is not None and mask.dtype not in (torch.bool, torch.float32, torch.bfloat16, torch.float16):

@@ -202,7 +202,7 @@ def column_marks(columns: Tensor, width: int) -> Tensor:
 
 
 # The lowered graph reads marks made once, instead of making them in every call.
-PREPACKED_COLUMNS = Prepack("columns", column_marks, lambda *args: (args[0].shape[-1],))
+PREPACKED_COLUMNS = Prepack("columns", column_marks, lambda x: (x.shape[-1],))
 
 
 def static_split(columns: Tensor | None, width: int) -> Split:

@@ -19,30 +19,33 @@ from lowering.triton.quantize import quantize_rows, split_quantize_rows, split_q
 
 # Activations that the epilogue knows: it has no error function.
 IN_EPILOGUE = ("silu", "gelu_tanh", "relu", "sigmoid")
-PREPACKED = Prepack("split_columns", PREPACKED_COLUMNS.compute, lambda *args: (args[3].shape[0] // 2,))
+PREPACKED = Prepack("split_columns", PREPACKED_COLUMNS.compute, lambda weight: (weight.shape[0] // 2,))
 
 
-def _takes(codes: Tensor, *rest: object) -> bool | str:
-    if rest[10] not in CODE:
-        return f"activation {rest[10]!r} is none of {', '.join(CODE)}"
-    weight = rest[2]
-    if isinstance(weight, Tensor) and weight.shape[0] < 2:
+def fits_gated(
+    codes: Tensor, weight: Tensor, dtype: torch.dtype, act: str, outliers: Tensor | None = None
+) -> bool | str:
+    """Whether the linear and then the row kernel take these operands."""
+    if act not in CODE:
+        return f"activation {act!r} is none of {', '.join(CODE)}"
+    if weight.shape[0] < 2:
         return "takes at least one channel of each half"
-    return fits_w8a8(codes, rest[6], rest[9])  # type: ignore[arg-type]
+    return fits_w8a8(codes, dtype, outliers)
 
 
-def _in_epilogue(codes: Tensor, *rest: object) -> bool | str:
-    weight, outliers, outlier_weight, columns, dtype, act = rest[2], rest[6], rest[7], rest[8], rest[9], rest[10]
-    assert isinstance(weight, Tensor)
-    assert isinstance(dtype, torch.dtype)
+def gated_on_wgmma(
+    codes: Tensor, weight: Tensor, dtype: torch.dtype, act: str, outliers: Tensor | None = None,
+    columns: Tensor | None = None, outlier_weight: Tensor | None = None,
+) -> bool | str:  # fmt: skip
+    """Whether the linear makes the product in its epilogue."""
     if act not in IN_EPILOGUE:
         return f"takes {', '.join(IN_EPILOGUE)}"
     if weight.shape[0] % 32:
         return "takes halves in multiples of 16 channels"
-    return fills_hopper(codes, weight, outliers, columns, outlier_weight, dtype)  # type: ignore[arg-type]
+    return fills_hopper(codes, weight, dtype, outliers, columns, outlier_weight)
 
 
-@gated_linear_quantize.impl("triton", when=_takes, prepack=PREPACKED)
+@gated_linear_quantize.impl("triton", when=fits_gated, prepack=PREPACKED)
 def gated_linear_then_rows(
     codes: Tensor,
     scale: Tensor,
@@ -67,7 +70,7 @@ def gated_linear_then_rows(
     return act_mul_quantize_rows(gate, up, act, split_columns, symmetric)
 
 
-@gated_linear_quantize_dynamic.impl("triton", when=_takes)
+@gated_linear_quantize_dynamic.impl("triton", when=fits_gated)
 def gated_linear_then_rows_dynamic(
     codes: Tensor,
     scale: Tensor,
@@ -93,7 +96,7 @@ def gated_linear_then_rows_dynamic(
     return act_mul_quantize_rows_dynamic(gate, up, act, capacity, threshold, symmetric)
 
 
-@gated_linear_quantize.impl("triton", when=_in_epilogue, prepack=PREPACKED)
+@gated_linear_quantize.impl("triton", when=gated_on_wgmma, prepack=PREPACKED)
 def gated_linear_wgmma(
     codes: Tensor,
     scale: Tensor,
@@ -120,7 +123,7 @@ def gated_linear_wgmma(
     return split_quantize_rows(product, split_columns, symmetric)
 
 
-@gated_linear_quantize_dynamic.impl("triton", when=_in_epilogue)
+@gated_linear_quantize_dynamic.impl("triton", when=gated_on_wgmma)
 def gated_linear_wgmma_dynamic(
     codes: Tensor,
     scale: Tensor,

@@ -21,7 +21,7 @@ from lowering.ops.hilo import (
 )
 from lowering.triton.act import CODE, product
 from lowering.triton.columns import floor_of
-from lowering.triton.gated import IN_EPILOGUE
+from lowering.triton.gated import fits_gated, gated_on_wgmma
 from lowering.triton.launch import (
     MAX_BLOCK,
     as_rows,
@@ -36,7 +36,7 @@ from lowering.triton.launch import (
     wrap_triton,
     writes,
 )
-from lowering.triton.linear import Hilo, fills_hopper, fits_w8a8, on_wgmma, tiles_product, wgmma_product
+from lowering.triton.linear import Hilo, fits_w8a8, on_wgmma, tiles_product, wgmma_product
 from lowering.triton.norm import load_hidden, normalize, row_statistics
 from lowering.triton.quantize import encode, round_to_int, row_outputs, row_scale
 
@@ -232,11 +232,12 @@ def _takes(*tensors: Tensor | None) -> bool | str:
 
 
 # Longer rows than stay in registers: plain tensor code, which Inductor compiles.
-for _op in (quantize_hilo, norm_quantize_hilo, add_norm_quantize_hilo, act_mul_quantize_hilo):
-    _op.impl("triton", when=lambda x, *rest: takes_rows(x))(_op.reference)
+for _op in (quantize_hilo, norm_quantize_hilo, add_norm_quantize_hilo):
+    _op.impl("triton", when=lambda x: takes_rows(x))(_op.reference)
+act_mul_quantize_hilo.impl("triton", when=lambda gate: takes_rows(gate))(act_mul_quantize_hilo.reference)
 
 
-@quantize_hilo.impl("triton", when=lambda x, *rest: _takes(x))
+@quantize_hilo.impl("triton", when=lambda x: _takes(x))
 @traceable
 def quantize_hilo_rows(
     x: Tensor, threshold: float, symmetric: bool
@@ -282,7 +283,7 @@ def _norm_quantize(
     return hidden, codes, scale, zero_point, high, blocks
 
 
-@norm_quantize_hilo.impl("triton", when=lambda x, weight, bias, *rest: _takes(x, weight, bias))
+@norm_quantize_hilo.impl("triton", when=lambda x, weight, bias: _takes(x, weight, bias))
 @traceable
 def norm_quantize_hilo_rows(
     x: Tensor,
@@ -298,7 +299,7 @@ def norm_quantize_hilo_rows(
     return _norm_quantize(x, None, weight, bias, eps, offset, mode, threshold, symmetric)[1:]
 
 
-@add_norm_quantize_hilo.impl("triton", when=lambda x, residual, weight, bias, *rest: _takes(x, residual, weight, bias))
+@add_norm_quantize_hilo.impl("triton", when=lambda x, residual, weight, bias: _takes(x, residual, weight, bias))
 @traceable
 def add_norm_quantize_hilo_rows(
     x: Tensor,
@@ -316,7 +317,7 @@ def add_norm_quantize_hilo_rows(
 
 
 @act_mul_quantize_hilo.impl(
-    "triton", when=lambda gate, up, act, *rest: _takes(gate, up) if act in CODE else f"activation {act!r} is unknown"
+    "triton", when=lambda gate, up, act: _takes(gate, up) if act in CODE else f"activation {act!r} is unknown"
 )
 @traceable
 def act_mul_quantize_hilo_rows(
@@ -339,37 +340,7 @@ def act_mul_quantize_hilo_rows(
 # -- the linears that read them
 
 
-def _fits(
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    high: Tensor,
-    blocks: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_sum: Tensor | None,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> bool | str:
-    return fits_w8a8(codes, None, dtype)
-
-
-def _on_wgmma(
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    high: Tensor,
-    blocks: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_sum: Tensor | None,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> bool | str:
-    return on_wgmma(codes, weight, None, None, None, dtype)
-
-
-@linear_w8a8_hilo.impl("triton", when=_fits)
+@linear_w8a8_hilo.impl("triton", when=fits_w8a8)
 @traceable
 def linear_w8a8_hilo_tiles(
     codes: Tensor,
@@ -390,7 +361,7 @@ def linear_w8a8_hilo_tiles(
     )
 
 
-@linear_w8a8_hilo.impl("triton", when=_on_wgmma)
+@linear_w8a8_hilo.impl("triton", when=on_wgmma)
 def linear_w8a8_hilo_wgmma(
     codes: Tensor,
     scale: Tensor,
@@ -408,28 +379,7 @@ def linear_w8a8_hilo_wgmma(
     return wgmma_product(*linear, hilo=Hilo(high, blocks))
 
 
-def _gated_fits(codes: Tensor, *rest: object) -> bool | str:
-    if rest[9] not in CODE:
-        return f"activation {rest[9]!r} is none of {', '.join(CODE)}"
-    weight, dtype = rest[4], rest[8]
-    if isinstance(weight, Tensor) and weight.shape[0] < 2:
-        return "takes at least one channel of each half"
-    assert isinstance(dtype, torch.dtype)
-    return fits_w8a8(codes, None, dtype)
-
-
-def _in_epilogue(codes: Tensor, *rest: object) -> bool | str:
-    weight, dtype, act = rest[4], rest[8], rest[9]
-    assert isinstance(weight, Tensor)
-    assert isinstance(dtype, torch.dtype)
-    if act not in IN_EPILOGUE:
-        return f"takes {', '.join(IN_EPILOGUE)}"
-    if weight.shape[0] % 32:
-        return "takes halves in multiples of 16 channels"
-    return fills_hopper(codes, weight, None, None, None, dtype)
-
-
-@gated_linear_quantize_hilo.impl("triton", when=_gated_fits)
+@gated_linear_quantize_hilo.impl("triton", when=fits_gated)
 def gated_linear_then_hilo_rows(
     codes: Tensor,
     scale: Tensor,
@@ -451,7 +401,7 @@ def gated_linear_then_hilo_rows(
     return act_mul_quantize_hilo_rows(gate, up, act, threshold, symmetric)
 
 
-@gated_linear_quantize_hilo.impl("triton", when=_in_epilogue)
+@gated_linear_quantize_hilo.impl("triton", when=gated_on_wgmma)
 def gated_linear_hilo_wgmma(
     codes: Tensor,
     scale: Tensor,

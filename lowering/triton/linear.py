@@ -294,9 +294,9 @@ class Hilo(NamedTuple):
     blocks: Tensor
 
 
-def fits_w8a8(codes: Tensor, outliers: object, dtype: torch.dtype) -> bool | str:
+def fits_w8a8(codes: Tensor, dtype: torch.dtype, outliers: Tensor | None = None) -> bool | str:
     """Whether the tiles take these operands."""
-    if dtype not in FLOATS or (isinstance(outliers, Tensor) and outliers.dtype not in FLOATS):
+    if dtype not in FLOATS or (outliers is not None and outliers.dtype not in FLOATS):
         return "the Triton kernels take float32, bfloat16 and float16"
     k = codes.shape[-1]
     if not isinstance(k, int) or k == 0:
@@ -304,23 +304,7 @@ def fits_w8a8(codes: Tensor, outliers: object, dtype: torch.dtype) -> bool | str
     return k <= MAX_K or f"{k} input channels may overflow an int32 sum (at most {MAX_K})"
 
 
-def _fits(
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_sum: Tensor | None,
-    bias: Tensor | None,
-    outliers: Tensor | None,
-    outlier_weight: Tensor | None,
-    columns: Tensor | None,
-    dtype: torch.dtype,
-) -> bool | str:
-    return fits_w8a8(codes, outliers, dtype)
-
-
-@linear_w8a8.impl("triton", when=_fits)
+@linear_w8a8.impl("triton", when=fits_w8a8)
 @traceable
 def linear_w8a8_tiles(
     codes: Tensor,
@@ -409,14 +393,14 @@ def on_hopper(device: torch.device) -> bool:
 
 
 def fills_hopper(
-    codes: Tensor, weight: Tensor, outliers: Tensor | None, columns: Tensor | None, outlier_weight: Tensor | None,
-    dtype: torch.dtype,
+    codes: Tensor, weight: Tensor, dtype: torch.dtype, outliers: Tensor | None = None, columns: Tensor | None = None,
+    outlier_weight: Tensor | None = None,
 ) -> bool | str:  # fmt: skip
     """Whether the kernel of `lowering.triton.hopper` takes a product, and has the tiles to be the faster one.
 
     Measured on one H100: 40 tiles are enough beyond 128 rows; up to 128, where most of a tile may be empty, 250.
     """
-    takes = _takes_wgmma(codes, weight, outliers, columns, outlier_weight, dtype)
+    takes = _takes_wgmma(codes, weight, dtype, outliers, columns, outlier_weight)
     if takes is not True:
         return takes
     rows, (n, k) = expected_rows(math.prod(codes.shape[:-1])), weight.shape
@@ -429,16 +413,16 @@ def fills_hopper(
 
 
 def on_wgmma(
-    codes: Tensor, weight: Tensor, outliers: Tensor | None, columns: Tensor | None, outlier_weight: Tensor | None,
-    dtype: torch.dtype,
+    codes: Tensor, weight: Tensor, dtype: torch.dtype, outliers: Tensor | None = None, columns: Tensor | None = None,
+    outlier_weight: Tensor | None = None,
 ) -> bool | str:  # fmt: skip
     """Whether one of the Gluon kernels takes a product that ends in no gate; for few rows it is
     `lowering.triton.hopper_few`.
 
     Up to 16 rows Triton's own tiles are as fast.
     """
-    many = fills_hopper(codes, weight, outliers, columns, outlier_weight, dtype)
-    if many is True or _takes_wgmma(codes, weight, outliers, columns, outlier_weight, dtype) is not True:
+    many = fills_hopper(codes, weight, dtype, outliers, columns, outlier_weight)
+    if many is True or _takes_wgmma(codes, weight, dtype, outliers, columns, outlier_weight) is not True:
         return many
     rows, (n, k) = expected_rows(math.prod(codes.shape[:-1])), weight.shape
     if measured(codes.device, rows, n, k) is not None:
@@ -447,8 +431,8 @@ def on_wgmma(
 
 
 def _takes_wgmma(
-    codes: Tensor, weight: Tensor, outliers: Tensor | None, columns: Tensor | None, outlier_weight: Tensor | None,
-    dtype: torch.dtype,
+    codes: Tensor, weight: Tensor, dtype: torch.dtype, outliers: Tensor | None = None, columns: Tensor | None = None,
+    outlier_weight: Tensor | None = None,
 ) -> bool | str:  # fmt: skip
     """Whether the Gluon kernels can make a product."""
     n, k = weight.shape
@@ -463,22 +447,6 @@ def _takes_wgmma(
         if columns is None and (outlier_weight is None or outlier_weight.dtype != dtype):
             return "takes outlier weights of the output's dtype"
     return True
-
-
-def _takes_hopper(
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_sum: Tensor | None,
-    bias: Tensor | None,
-    outliers: Tensor | None,
-    outlier_weight: Tensor | None,
-    columns: Tensor | None,
-    dtype: torch.dtype,
-) -> bool | str:
-    return on_wgmma(codes, weight, outliers, columns, outlier_weight, dtype)
 
 
 def wgmma_product(
@@ -509,7 +477,7 @@ def wgmma_product(
     return result
 
 
-@linear_w8a8.impl("triton", when=_takes_hopper)
+@linear_w8a8.impl("triton", when=on_wgmma)
 def linear_w8a8_wgmma(
     codes: Tensor,
     scale: Tensor,

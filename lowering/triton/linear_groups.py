@@ -61,9 +61,8 @@ def _linear_w8a8_groups_kernel(
     store_tile(out, y, first_m, first_n, rows, cols, has_row, has_col, N)
 
 
-def _fits(codes: Tensor, *rest: object) -> bool | str:
-    outliers, dtype = rest[6], rest[8]
-    if dtype not in FLOATS or (isinstance(outliers, Tensor) and outliers.dtype not in FLOATS):
+def _fits(codes: Tensor, outliers: Tensor | None, dtype: torch.dtype) -> bool | str:
+    if dtype not in FLOATS or (outliers is not None and outliers.dtype not in FLOATS):
         return "the Triton kernels take float32, bfloat16 and float16"
     k = codes.shape[-1]
     return (isinstance(k, int) and k > 0) or "the Triton kernels need a last dimension of fixed size, at least 1"

@@ -155,14 +155,14 @@ def _product(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | Non
     return out
 
 
-@linear_w8a16.impl("triton", when=lambda x, *rest: takes_rows(x))
+@linear_w8a16.impl("triton", when=lambda x: takes_rows(x))
 @traceable
 def linear_w8a16_tiles(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """In one launch."""
     return _product(x, weight, weight_scale, bias, None)
 
 
-@linear_w8a16_add.impl("triton", when=lambda x, weight, weight_scale, bias, residual: takes_rows(x, residual))
+@linear_w8a16_add.impl("triton", when=lambda x, residual: takes_rows(x, residual))
 @traceable
 def linear_w8a16_add_tiles(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, residual: Tensor

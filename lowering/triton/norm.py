@@ -303,7 +303,7 @@ def _norm_quantize_dynamic(
     return (hidden, *rest, columns, overflow)
 
 
-@rms_norm.impl("triton", when=lambda x, weight, *rest: takes_rows(x, weight))
+@rms_norm.impl("triton", when=lambda x, weight: takes_rows(x, weight))
 @traceable
 def rms_norm_rows(x: Tensor, weight: Tensor | None, eps: float, offset: float, round_first: bool) -> Tensor:
     """One launch, statistics in fp32, the result rounded in the model's own order."""
@@ -319,9 +319,7 @@ def rms_norm_rows(x: Tensor, weight: Tensor | None, eps: float, offset: float, r
     return out
 
 
-@norm_quantize.impl(
-    "triton", when=lambda x, weight, bias, *rest: takes_rows(x, weight, bias), prepack=PREPACKED_COLUMNS
-)
+@norm_quantize.impl("triton", when=lambda x, weight, bias: takes_rows(x, weight, bias), prepack=PREPACKED_COLUMNS)
 @traceable
 def norm_quantize_rows(
     x: Tensor,
@@ -340,7 +338,7 @@ def norm_quantize_rows(
 
 @add_norm_quantize.impl(
     "triton",
-    when=lambda x, residual, weight, bias, *rest: takes_rows(x, residual, weight, bias),
+    when=lambda x, residual, weight, bias: takes_rows(x, residual, weight, bias),
     prepack=PREPACKED_COLUMNS,
 )
 @traceable
@@ -367,13 +365,13 @@ def _one_block(x: Tensor, *rest: Tensor | None) -> bool | str:
     return verdict
 
 
-def _takes_added(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: object) -> bool | str:
+def _takes_added(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool | str:
     if x.shape != residual.shape:
         return "takes a residual of the shape of x"
     return _one_block(x, residual, weight, bias)
 
 
-@norm_quantize_dynamic.impl("triton", when=lambda x, weight, bias, *rest: takes_rows(x))
+@norm_quantize_dynamic.impl("triton", when=lambda x: takes_rows(x))
 def norm_then_split_quantize(
     x: Tensor,
     weight: Tensor | None,
@@ -389,7 +387,7 @@ def norm_then_split_quantize(
     return split_quantize_rows_dynamic(norm_of(x, weight, bias, eps, offset, mode), capacity, threshold, symmetric)
 
 
-@add_norm_quantize_dynamic.impl("triton", when=lambda x, *rest: takes_rows(x))
+@add_norm_quantize_dynamic.impl("triton", when=lambda x: takes_rows(x))
 def add_then_norm_quantize(
     x: Tensor,
     residual: Tensor,
@@ -407,7 +405,7 @@ def add_then_norm_quantize(
     return (h, *norm_then_split_quantize(h, weight, bias, eps, offset, mode, capacity, threshold, symmetric))
 
 
-@norm_quantize_dynamic.impl("triton", when=lambda x, weight, bias, *rest: _one_block(x, weight, bias))
+@norm_quantize_dynamic.impl("triton", when=lambda x, weight, bias: _one_block(x, weight, bias))
 @traceable
 def norm_quantize_rows_dynamic(
     x: Tensor,

@@ -58,7 +58,7 @@ def _quantize_kernel(
         tl.store(zero_point + row, zero)
 
 
-@quantize_per_tensor.impl("triton", when=lambda x, limits, symmetric: takes_rows(x))
+@quantize_per_tensor.impl("triton", when=lambda x: takes_rows(x))
 @traceable
 def quantize_tensor(x: Tensor, limits: Tensor | None, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The extent of the call in one launch where no limits are given; codes and the repeated scale in another."""

@@ -183,21 +183,21 @@ def _quantize(x: Tensor, rows: Rows, split: Split, symmetric: bool) -> tuple[Ten
     return codes, scale, zero_point, outliers
 
 
-@quantize_per_token.impl("triton", when=lambda x, symmetric: takes_rows(x))
+@quantize_per_token.impl("triton", when=lambda x: takes_rows(x))
 @traceable
 def quantize_rows(x: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
     """One launch: scale and codes of each row."""
     return _quantize(x, as_rows(x), Split(), symmetric)[:3]
 
 
-@split_quantize.impl("triton", when=lambda x, columns, symmetric: takes_rows(x), prepack=PREPACKED_COLUMNS)
+@split_quantize.impl("triton", when=lambda x: takes_rows(x), prepack=PREPACKED_COLUMNS)
 @traceable
 def split_quantize_rows(x: Tensor, columns: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`quantize_rows` that leaves `columns` out of codes and scale and stores them apart in the same launch."""
     return _quantize(x, as_rows(x), static_split(columns, x.shape[-1]), symmetric)
 
 
-@split_quantize_dynamic.impl("triton", when=lambda x, capacity, threshold, symmetric: takes_rows(x))
+@split_quantize_dynamic.impl("triton", when=lambda x: takes_rows(x))
 @traceable
 def split_quantize_rows_dynamic(
     x: Tensor, capacity: int, threshold: float, symmetric: bool

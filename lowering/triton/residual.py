@@ -14,19 +14,7 @@ from lowering.ops.linear import linear_w8a8, linear_w8a8_add
 from lowering.triton.linear import Hilo, fits_w8a8, on_wgmma, wgmma_product
 
 
-def _fits(codes: Tensor, *rest: object) -> bool | str:
-    outliers, dtype = rest[6], rest[9]
-    assert isinstance(dtype, torch.dtype)
-    return fits_w8a8(codes, outliers, dtype)
-
-
-def _hilo_fits(codes: Tensor, *rest: object) -> bool | str:
-    dtype = rest[8]
-    assert isinstance(dtype, torch.dtype)
-    return fits_w8a8(codes, None, dtype)
-
-
-@linear_w8a8_add.impl("triton", when=_fits, composed=True)
+@linear_w8a8_add.impl("triton", when=fits_w8a8, composed=True)
 def linear_w8a8_then_add(
     codes: Tensor,
     scale: Tensor,
@@ -50,7 +38,7 @@ def linear_w8a8_then_add(
     return (y + residual.float()).to(dtype)
 
 
-@linear_w8a8_hilo_add.impl("triton", when=_hilo_fits, composed=True)
+@linear_w8a8_hilo_add.impl("triton", when=fits_w8a8, composed=True)
 def linear_w8a8_hilo_then_add(
     codes: Tensor,
     scale: Tensor,
@@ -70,20 +58,13 @@ def linear_w8a8_hilo_then_add(
     return (y + residual.float()).to(dtype)
 
 
-def _in_epilogue(codes: Tensor, *rest: object) -> bool | str:
-    weight, outliers, outlier_weight, columns, dtype, residual = rest[2], *rest[6:]
-    assert isinstance(residual, Tensor)
+def _in_epilogue(
+    codes: Tensor, weight: Tensor, dtype: torch.dtype, residual: Tensor, outliers: Tensor | None = None,
+    columns: Tensor | None = None, outlier_weight: Tensor | None = None,
+) -> bool | str:  # fmt: skip
     if residual.dtype != dtype:
         return "takes a residual of the output's dtype"
-    return on_wgmma(codes, weight, outliers, columns, outlier_weight, dtype)  # type: ignore[arg-type]
-
-
-def _hilo_in_epilogue(codes: Tensor, *rest: object) -> bool | str:
-    weight, dtype, residual = rest[4], rest[8], rest[9]
-    assert isinstance(residual, Tensor)
-    if residual.dtype != dtype:
-        return "takes a residual of the output's dtype"
-    return on_wgmma(codes, weight, None, None, None, dtype)  # type: ignore[arg-type]
+    return on_wgmma(codes, weight, dtype, outliers, columns, outlier_weight)
 
 
 @linear_w8a8_add.impl("triton", when=_in_epilogue)
@@ -106,7 +87,7 @@ def linear_w8a8_add_wgmma(
     return wgmma_product(*linear, dtype, residual=residual)
 
 
-@linear_w8a8_hilo_add.impl("triton", when=_hilo_in_epilogue)
+@linear_w8a8_hilo_add.impl("triton", when=_in_epilogue)
 def linear_w8a8_hilo_add_wgmma(
     codes: Tensor,
     scale: Tensor,
