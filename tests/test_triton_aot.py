@@ -15,18 +15,18 @@ if triton.knobs.runtime.interpret:
 
 from sm90 import BF16, F16, F32, I8, Compiled, compile_for_sm90, empty, launches, one, w8a8_args  # noqa: E402
 
-from lowering.triton import hilo, linear, linear_w8a16, tuning  # noqa: E402
+from lowering.triton import choice, hilo, linear, linear_w8a16, tuning  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Linear layers
 
 
-def shapes(tiles: linear.Tiles) -> list[tuple[int, int]]:
+def shapes(tiles: choice.Tiles) -> list[tuple[int, int]]:
     """Rows and channels that select each entry of a table."""
     return [(4096 if m == math.inf else int(m), 28672 if n == math.inf else int(n) // 128 * 128) for m, n, _ in tiles]
 
 
-@pytest.mark.parametrize(("m", "n"), shapes(linear.W8A8_TILES))
+@pytest.mark.parametrize(("m", "n"), shapes(choice.W8A8_TILES))
 @pytest.mark.parametrize("form", ["bare", "affine", "bf16-outliers", "int8-outliers"])
 def test_w8a8(monkeypatch: pytest.MonkeyPatch, m: int, n: int, form: str) -> None:
     outlier = {"bf16-outliers": BF16, "int8-outliers": I8}.get(form)
@@ -55,7 +55,7 @@ def shipped_tiles() -> list[tuning.Tile]:
 @pytest.mark.parametrize("tile", shipped_tiles(), ids=str)
 @pytest.mark.parametrize("outlier", [None, BF16], ids=["affine", "bf16-outliers"])
 def test_a_shipped_tile_fits(monkeypatch: pytest.MonkeyPatch, tile: tuning.Tile, outlier: torch.dtype | None) -> None:
-    with linear.forced(tile):
+    with choice.forced(tile):
         launch, code = one(monkeypatch, linear.linear_w8a8_tiles, *w8a8_args(tile.m, 4096, 4096, outlier=outlier))
     assert (launch.arguments["BLOCK_M"], launch.arguments["BLOCK_N"]) == (tile.m, tile.n)
     assert code.stack == 0, "spills"
@@ -172,7 +172,7 @@ def test_dynamic_prologues(monkeypatch: pytest.MonkeyPatch) -> None:
 # Codes in two planes
 
 
-@pytest.mark.parametrize(("m", "n"), shapes(linear.W8A8_TILES))
+@pytest.mark.parametrize(("m", "n"), shapes(choice.W8A8_TILES))
 def test_hilo(monkeypatch: pytest.MonkeyPatch, m: int, n: int) -> None:
     args = w8a8_args(m, n, 4096)
     operands = (*args[:3], empty(m, 4096, dtype=I8), empty(m, 1, dtype=torch.int32), *args[3:7], args[-1])

@@ -18,7 +18,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 from int8pass import bench, bench_command, cli  # noqa: E402
 from int8pass.errors import OptionError  # noqa: E402
-from lowering.triton import linear, tuning  # noqa: E402
+from lowering.triton import choice, linear, tuning  # noqa: E402
 from lowering.triton.tuning import WGMMA, Entry, Problem, Tile  # noqa: E402
 
 CUDA = torch.device("cuda")
@@ -106,7 +106,7 @@ def test_a_launch_takes_the_measured_tile(fake_gpu: Path, monkeypatch: pytest.Mo
     rule = tile()
     tuning.save(fake_gpu, GPU, [Entry(SMALL, Tile(16, 64, 128, 4, 3), 1.0, 2.0)])
     assert tile() == (16, 64, 128) != rule
-    with linear.forced(None):
+    with choice.forced(None):
         assert tile() == rule
 
 

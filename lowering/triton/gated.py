@@ -13,8 +13,9 @@ from lowering.ops.act import gated_linear_quantize, gated_linear_quantize_dynami
 from lowering.ops.linear import linear_w8a8
 from lowering.registry import Prepack
 from lowering.triton.act import CODE, act_mul_quantize_rows, act_mul_quantize_rows_dynamic
+from lowering.triton.choice import fills_hopper, fits_w8a8
 from lowering.triton.columns import PREPACKED_COLUMNS
-from lowering.triton.linear import fills_hopper, fits_w8a8, wgmma_product
+from lowering.triton.linear import wgmma_product
 from lowering.triton.quantize import quantize_rows, split_quantize_rows, split_quantize_rows_dynamic
 
 # Activations that the epilogue knows: it has no error function.

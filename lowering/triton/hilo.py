@@ -20,6 +20,7 @@ from lowering.ops.hilo import (
     quantize_hilo,
 )
 from lowering.triton.act import CODE, product
+from lowering.triton.choice import fits_w8a8, on_wgmma
 from lowering.triton.columns import floor_of
 from lowering.triton.gated import fits_gated, gated_on_wgmma
 from lowering.triton.launch import (
@@ -36,7 +37,7 @@ from lowering.triton.launch import (
     wrap_triton,
     writes,
 )
-from lowering.triton.linear import Hilo, fits_w8a8, on_wgmma, tiles_product, wgmma_product
+from lowering.triton.linear import Hilo, tiles_product, wgmma_product
 from lowering.triton.norm import load_hidden, normalize, row_statistics
 from lowering.triton.quantize import encode, round_to_int, row_outputs, row_scale
 

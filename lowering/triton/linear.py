@@ -8,10 +8,6 @@ the L2 (a clamped decode step took 1.4 times as long).
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -22,54 +18,33 @@ from torch import Tensor
 
 from lowering import numerics
 from lowering.ops.linear import linear_w8a8
+from lowering.triton.choice import (
+    W8A8_FP32_OUTLIER_TILES,
+    W8A8_TILES,
+    choose_tile,
+    count,
+    fits_w8a8,
+    measured,
+    on_wgmma,
+    shared_memory,
+)
 from lowering.triton.launch import (
-    FEW_ROWS,
-    FLOATS,
     INTERPRETED,
     as_rows,
     empty,
     expected_rows,
-    is_hopper,
-    overlaps,
     per_row,
     rounded,
     traceable,
     wrap_triton,
     writes,
 )
-from lowering.triton.tuning import WGMMA, Choice, Tile, chosen
+from lowering.triton.tuning import Tile
 
 GROUP_M = 8
 # Up to so many rows a program gathers the outlier columns of its weight tile itself, from the L2 it has just filled.
 # With more, several programs would gather the same ones: they are gathered once, beforehand.
 GATHER_ROWS = 128
-
-
-# (rows up to, channels up to, tile), the first that fits: best of a few on one H100 for the layers of a Llama-3-8B.
-# What counts is to give 132 multiprocessors one or two tiles each. Other chips get fewer stages where shared memory
-# is smaller.
-Tiles = tuple[tuple[float, float, Tile], ...]
-ANY = math.inf
-W8A8_TILES: Tiles = (
-    (16, ANY, Tile(16, 32, 256, 4, 5)),
-    (32, 8448, Tile(32, 32, 256, 4, 5)),
-    (32, ANY, Tile(32, 64, 256, 4, 5)),
-    (64, 4224, Tile(64, 32, 256, 4, 5)),
-    (64, 8448, Tile(64, 64, 256, 4, 5)),
-    (64, ANY, Tile(64, 64, 128, 4, 5)),
-    (128, 4224, Tile(64, 64, 256, 4, 5)),
-    (256, 4224, Tile(64, 64, 128, 4, 5)),
-    (128, 8448, Tile(64, 64, 128, 4, 5)),
-    (256, 8448, Tile(64, 128, 128, 4, 4)),
-    (ANY, ANY, Tile(128, 128, 128, 4, 3)),
-)
-# fp32 outliers take part without tensor cores (they have no full fp32 product), which needs registers.
-W8A8_FP32_OUTLIER_TILES: Tiles = (
-    (16, ANY, Tile(16, 32, 256, 4, 4)),
-    (ANY, ANY, Tile(64, 64, 128, 4, 4)),
-)
-# Codes of 8 bits with a zero point reach 255 · 127 a product: beyond this depth an int32 sum may overflow.
-MAX_K = (2**31 - 1) // (255 * 127)
 
 
 @triton.jit
@@ -236,54 +211,7 @@ def _linear_w8a8_kernel(
     store_tile(out, y, first_m, first_n, rows, cols, has_row, has_col, N)
 
 
-@functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory one program may use; an H100's where there is no GPU to ask."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return 227 * 1024
-    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 * 1024))
-
-
-def choose_tile(tiles: Tiles, rows: int, n: int, k: int, bytes_per_k: tuple[int, int], shared: int) -> Tile:
-    """The table's tile for `rows` and `n` channels, fitted to `k`, with as many stages as `shared` bytes hold.
-
-    The depth is the largest that divides `k` (no masks in the loop) or, where none from 64 up does, that covers it.
-    `bytes_per_k` are the sizes of one element of the left and of the right operand.
-    """
-    tile = next(tile for most_rows, most_n, tile in tiles if rows <= most_rows and n <= most_n)
-    depth = tile.k
-    while k % depth and depth > 64:
-        depth //= 2
-    if k % depth:
-        depth = max(32, min(tile.k, triton.next_power_of_2(k)))
-    stage = (tile.m * bytes_per_k[0] + tile.n * bytes_per_k[1]) * depth
-    return replace(tile, k=depth, stages=max(1, min(tile.stages, shared // stage)))
-
-
-_FORCED: list[Choice | None] = []
-
-
-@contextmanager
-def forced(choice: Choice | None) -> Iterator[None]:
-    """What `measured` answers within: for the search itself, to which no table may answer."""
-    _FORCED.append(choice)
-    try:
-        yield
-    finally:
-        _FORCED.pop()
-
-
-def measured(device: torch.device, rows: int, n: int, k: int) -> Choice | None:
-    """The choice measured for this chip and layer, if there is one."""
-    return _FORCED[-1] if _FORCED else chosen(device, rows, n, k)
-
-
-def _count(size: int, tile: int) -> int:
-    """Tiles that cover `size`, also a symbolic one."""
-    return (size + tile - 1) // tile
-
-
-def _weight_rows(weight: Tensor) -> Tensor:
+def weight_rows(weight: Tensor) -> Tensor:
     return weight if weight.stride(-1) == 1 else weight.contiguous()
 
 
@@ -292,16 +220,6 @@ class Hilo(NamedTuple):
 
     high: Tensor
     blocks: Tensor
-
-
-def fits_w8a8(codes: Tensor, dtype: torch.dtype, outliers: Tensor | None = None) -> bool | str:
-    """Whether the tiles take these operands."""
-    if dtype not in FLOATS or (outliers is not None and outliers.dtype not in FLOATS):
-        return "the Triton kernels take float32, bfloat16 and float16"
-    k = codes.shape[-1]
-    if not isinstance(k, int) or k == 0:
-        return "the Triton kernels need a last dimension of fixed size, at least 1"
-    return k <= MAX_K or f"{k} input channels may overflow an int32 sum (at most {MAX_K})"
 
 
 @linear_w8a8.impl("triton", when=fits_w8a8)
@@ -345,7 +263,7 @@ def tiles_product(
     out = torch.empty((*codes.shape[:-1], n), dtype=dtype, device=codes.device)
     if empty(m) or empty(n):
         return out
-    weight, scales = _weight_rows(weight), per_row(scale, codes)
+    weight, scales = weight_rows(weight), per_row(scale, codes)
     zeros = sums = None
     if zero_point is not None:
         assert weight_sum is not None
@@ -357,7 +275,7 @@ def tiles_product(
         elif columns is not None:
             outlier_weight = weight
         assert outlier_weight is not None
-        left, outlier_weight, r = as_rows(outliers), _weight_rows(outlier_weight), outliers.shape[-1]
+        left, outlier_weight, r = as_rows(outliers), weight_rows(outlier_weight), outliers.shape[-1]
         if torch.float32 in (outliers.dtype, outlier_weight.dtype):
             tiles = W8A8_FP32_OUTLIER_TILES
     found = measured(codes.device, expected_rows(m), n, k) if tiles is W8A8_TILES else None
@@ -366,7 +284,7 @@ def tiles_product(
     tile = found
     if hilo is not None and tile.m * tile.n > 64 * 128:
         tile = replace(tile, warps=8)  # its two sums are too much for the registers of four
-    wrap_triton(_linear_w8a8_kernel)[(_count(m, tile.m) * _count(n, tile.n),)](
+    wrap_triton(_linear_w8a8_kernel)[(count(m, tile.m) * count(n, tile.n),)](
         rows.data, rows.stride, scales, scales.stride(0), zeros, 0 if zeros is None else zeros.stride(0),
         weight, weight.stride(0), weight_scale.contiguous(), sums, None if bias is None else bias.contiguous(),
         None if left is None else left.data, 0 if left is None else left.stride,
@@ -378,75 +296,6 @@ def tiles_product(
         EVEN_N=n % tile.n == 0, HIGH_WIDTH=numerics.block_width(k), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
-
-
-@functools.cache
-def on_hopper(device: torch.device) -> bool:
-    """True for a GPU that has `wgmma`, under a Triton that has the Gluon it takes."""
-    if not is_hopper(device):
-        return False
-    try:
-        import lowering.triton.hopper  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def fills_hopper(
-    codes: Tensor, weight: Tensor, dtype: torch.dtype, outliers: Tensor | None = None, columns: Tensor | None = None,
-    outlier_weight: Tensor | None = None,
-) -> bool | str:  # fmt: skip
-    """Whether the kernel of `lowering.triton.hopper` takes a product, and has the tiles to be the faster one.
-
-    Measured on one H100: 40 tiles are enough beyond 128 rows; up to 128, where most of a tile may be empty, 250.
-    """
-    takes = _takes_wgmma(codes, weight, dtype, outliers, columns, outlier_weight)
-    if takes is not True:
-        return takes
-    rows, (n, k) = expected_rows(math.prod(codes.shape[:-1])), weight.shape
-    found = measured(codes.device, rows, n, k)
-    if found is not None:
-        return found == WGMMA or f"{found} was measured to be faster"
-    tiles = _count(rows, 128) * _count(n, 256)
-    enough = 40 if rows > 128 else 250
-    return tiles >= enough or f"{tiles} tiles are too few for persistent programs"
-
-
-def on_wgmma(
-    codes: Tensor, weight: Tensor, dtype: torch.dtype, outliers: Tensor | None = None, columns: Tensor | None = None,
-    outlier_weight: Tensor | None = None,
-) -> bool | str:  # fmt: skip
-    """Whether one of the Gluon kernels takes a product that ends in no gate; for few rows it is
-    `lowering.triton.hopper_few`.
-
-    Up to 16 rows Triton's own tiles are as fast.
-    """
-    many = fills_hopper(codes, weight, dtype, outliers, columns, outlier_weight)
-    if many is True or _takes_wgmma(codes, weight, dtype, outliers, columns, outlier_weight) is not True:
-        return many
-    rows, (n, k) = expected_rows(math.prod(codes.shape[:-1])), weight.shape
-    if measured(codes.device, rows, n, k) is not None:
-        return many
-    return (FEW_ROWS[0] <= rows <= FEW_ROWS[1] and overlaps(codes.device)) or many
-
-
-def _takes_wgmma(
-    codes: Tensor, weight: Tensor, dtype: torch.dtype, outliers: Tensor | None = None, columns: Tensor | None = None,
-    outlier_weight: Tensor | None = None,
-) -> bool | str:  # fmt: skip
-    """Whether the Gluon kernels can make a product."""
-    n, k = weight.shape
-    if not on_hopper(codes.device):
-        return "needs a Hopper GPU and a Triton with Gluon for it"
-    if dtype not in (torch.bfloat16, torch.float16) or k % 16 or n % 16 or k > MAX_K or k == 0:
-        return "takes bf16 and fp16, and N and K in multiples of 16"
-    if outliers is not None:
-        r = outliers.shape[-1]
-        if outliers.dtype != dtype or r % 8 or not 0 < r <= 64:
-            return "takes up to 64 outlier columns of the output's dtype, in multiples of 8"
-        if columns is None and (outlier_weight is None or outlier_weight.dtype != dtype):
-            return "takes outlier weights of the output's dtype"
-    return True
 
 
 def wgmma_product(

@@ -12,8 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lowering.ops.linear import linear_w8a8_groups
+from lowering.triton.choice import count
 from lowering.triton.launch import FLOATS, as_rows, empty, expected_rows, per_row, traceable, wrap_triton, writes
-from lowering.triton.linear import GROUP_M, _count, _weight_rows, add_outliers, store_tile, tile_position
+from lowering.triton.linear import GROUP_M, weight_rows, add_outliers, store_tile, tile_position
 
 
 @writes("out")
@@ -88,14 +89,14 @@ def linear_w8a8_groups_tiles(
     out = torch.empty((*codes.shape[:-1], n), dtype=dtype, device=codes.device)
     if empty(m) or empty(n):
         return out
-    weight, scales = _weight_rows(weight), per_row(scale, codes)
+    weight, scales = weight_rows(weight), per_row(scale, codes)
     zeros = None if zero_point is None else per_row(zero_point, codes)
     r, left = 0, None
     if outliers is not None and outliers.shape[-1] > 0:
         assert outlier_weight is not None
-        left, outlier_weight, r = as_rows(outliers), _weight_rows(outlier_weight), outliers.shape[-1]
+        left, outlier_weight, r = as_rows(outliers), weight_rows(outlier_weight), outliers.shape[-1]
     block_m, block_n = (16, 32) if expected_rows(m) <= 16 else (64, 64)
-    wrap_triton(_linear_w8a8_groups_kernel)[(_count(m, block_m) * _count(n, block_n),)](
+    wrap_triton(_linear_w8a8_groups_kernel)[(count(m, block_m) * count(n, block_n),)](
         rows.data, rows.stride, scales, scales.stride(0), zeros, 0 if zeros is None else zeros.stride(0),
         weight, weight.stride(0), weight_scale.contiguous(), None if bias is None else bias.contiguous(),
         None if left is None else left.data, 0 if left is None else left.stride,

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowering.ops.linear import linear_w8a16, linear_w8a16_add
+from lowering.triton.choice import ANY, Tiles, choose_tile, count, shared_memory
 from lowering.triton.launch import (
     INTERPRETED,
     as_rows,
@@ -23,18 +24,7 @@ from lowering.triton.launch import (
     wrap_triton,
     writes,
 )
-from lowering.triton.linear import (
-    ANY,
-    GROUP_M,
-    Tiles,
-    _count,
-    _weight_rows,
-    choose_tile,
-    load_tile,
-    shared_memory,
-    store_tile,
-    tile_position,
-)
+from lowering.triton.linear import GROUP_M, weight_rows, load_tile, store_tile, tile_position
 from lowering.triton.tuning import Tile
 
 W8A16_TILES: Tiles = (
@@ -131,12 +121,12 @@ def _product(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | Non
     out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
     if empty(m) or empty(n):
         return out
-    weight, weight_scale = _weight_rows(weight), weight_scale.contiguous()
+    weight, weight_scale = weight_rows(weight), weight_scale.contiguous()
     bias = None if bias is None else bias.contiguous()
     added = None if residual is None else as_rows(residual)
     if isinstance(m, int) and m == 1:
         block = min(GEMV_BLOCK, triton.next_power_of_2(k))
-        wrap_triton(_gemv_w8a16_kernel)[(_count(n, GEMV_ROWS),)](
+        wrap_triton(_gemv_w8a16_kernel)[(count(n, GEMV_ROWS),)](
             rows.data, weight, weight.stride(0), weight_scale, bias, None if added is None else added.data, out, n,
             K=k, BLOCK_N=GEMV_ROWS, BLOCK_K=block, STAGES=GEMV_STAGES, EVEN_N=n % GEMV_ROWS == 0,
             num_warps=GEMV_WARPS,
@@ -146,7 +136,7 @@ def _product(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | Non
     # The widened weight tile passes through shared memory beside the stages: leave room for it.
     sizes = (x.dtype.itemsize, 1 + x.dtype.itemsize)
     tile = choose_tile(tiles, expected_rows(m), n, k, sizes, shared_memory(x.device))
-    wrap_triton(_linear_w8a16_kernel)[(_count(m, tile.m) * _count(n, tile.n),)](
+    wrap_triton(_linear_w8a16_kernel)[(count(m, tile.m) * count(n, tile.n),)](
         rows.data, rows.stride, weight, weight.stride(0), weight_scale, bias,
         None if added is None else added.data, 0 if added is None else added.stride, out, m, n,
         K=k, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=GROUP_M,

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lowering.ops.hilo import linear_w8a8_hilo, linear_w8a8_hilo_add
 from lowering.ops.linear import linear_w8a8, linear_w8a8_add
-from lowering.triton.linear import Hilo, fits_w8a8, on_wgmma, wgmma_product
+from lowering.triton.choice import fits_w8a8, on_wgmma
+from lowering.triton.linear import Hilo, wgmma_product
 
 
 @linear_w8a8_add.impl("triton", when=fits_w8a8, composed=True)

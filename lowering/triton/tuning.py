@@ -2,7 +2,7 @@
 
 A table belongs to one chip and one minor version of Triton. Some are shipped (`lowering/triton/tiles/*.json`);
 `int8pass bench --tune` measures more and keeps them in the user's cache, where they come before the shipped ones. Where
-no table has the layer, `lowering.triton.linear` has a rule for every size.
+no table has the layer, `lowering.triton.choice` has a rule for every size.
 """
 
 from __future__ import annotations
@@ -221,11 +221,12 @@ class Bench:
 
     def call(self, choice: Choice | None, which: int = 0) -> Tensor:
         """One linear with a given choice (None: the rule's)."""
+        from lowering.triton import choice as choices
         from lowering.triton import linear
 
         weight, scale = self._weights[which]
         args = (self._codes, self._scale, None, weight, scale, None, None, None, None, None, torch.bfloat16)
-        with linear.forced(choice):
+        with choices.forced(choice):
             if choice == WGMMA:
                 return linear.linear_w8a8_wgmma(*args)
             if choice is None:
@@ -255,10 +256,10 @@ class Bench:
 
 
 def _choices(problem: Problem, device: torch.device) -> list[Choice]:
-    from lowering.triton import linear
+    from lowering.triton.choice import on_hopper, shared_memory
 
-    found: list[Choice] = [*candidates(problem, linear.shared_memory(device))]
-    return [*found, WGMMA] if linear.on_hopper(device) and problem.n % 16 == 0 and problem.k % 16 == 0 else found
+    found: list[Choice] = [*candidates(problem, shared_memory(device))]
+    return [*found, WGMMA] if on_hopper(device) and problem.n % 16 == 0 and problem.k % 16 == 0 else found
 
 
 def _compile_part(problem: Problem, choices: list[Choice], device: torch.device) -> None:
