@@ -14,7 +14,7 @@ from torch import Tensor
 from lowering.ops.linear import linear_w8a8_groups
 from lowering.triton.choice import count
 from lowering.triton.launch import FLOATS, as_rows, empty, expected_rows, per_row, traceable, wrap_triton, writes
-from lowering.triton.linear import GROUP_M, weight_rows, add_outliers, store_tile, tile_position
+from lowering.triton.linear import GROUP_M, add_outliers, store_tile, tile_position, weight_rows
 
 
 @writes("out")

@@ -24,7 +24,7 @@ from lowering.triton.launch import (
     wrap_triton,
     writes,
 )
-from lowering.triton.linear import GROUP_M, weight_rows, load_tile, store_tile, tile_position
+from lowering.triton.linear import GROUP_M, load_tile, store_tile, tile_position, weight_rows
 from lowering.triton.tuning import Tile
 
 W8A16_TILES: Tiles = (
