@@ -254,6 +254,9 @@ _SETTINGS: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False}
 # its own will do. It checks that, and falls back.
 if hasattr(torch._inductor.config, "static_launch_user_defined_triton_kernels"):
     _SETTINGS["static_launch_user_defined_triton_kernels"] = True
+# Kernels that Inductor launches early read, before they wait, what the kernel just ahead did not write, which is right
+# where every kernel lets the next one start after its own wait. Ours do so before.
+_FIXED: dict[str, Any] = {"triton.enable_pdl": False} if hasattr(torch._inductor.config.triton, "enable_pdl") else {}
 
 
 def compile_with_inductor(
@@ -278,6 +281,6 @@ def compile_with_inductor(
     _keep_static(program, inputs[len(program.placeholders) :])
     preparation.before()
     with torch.no_grad(), asked_once():
-        function = compile_fx(program.gm, list(inputs), compile_inner, config_patches=_SETTINGS | config)
+        function = compile_fx(program.gm, list(inputs), compile_inner, config_patches=_SETTINGS | config | _FIXED)
     assert callable(function)
     return function

@@ -351,4 +351,9 @@ def _inductor_option(value: Any) -> dict[str, Any]:
     unknown = sorted(set(value) - set(known))
     if unknown:
         raise OptionError(f"Inductor has no setting {', '.join(map(repr, unknown))} (torch._inductor.list_options())")
+    if value.get("triton.enable_pdl"):
+        raise OptionError(
+            "triton.enable_pdl cannot be set: Inductor's kernels would read what those of int8pass still write. "
+            "Where it pays int8pass lets launches overlap by itself."
+        )
     return dict(value)

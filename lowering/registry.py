@@ -8,6 +8,7 @@ have the parameters of the reference.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -88,7 +89,12 @@ def of_named(reference: Callable[..., Any], function: Callable[..., Any]) -> Cal
     if unknown:
         raise TypeError(f"{reference.__name__} has no parameter {', '.join(unknown)}; it has {', '.join(given)}")
     places = {name: given.index(name) for name in asked if name in given}
-    return lambda *args: function(**{name: args[place] for name, place in places.items()})
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        return function(**{name: args[place] for name, place in places.items()})
+
+    return call
 
 
 @dataclass

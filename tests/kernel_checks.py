@@ -290,6 +290,8 @@ def _large_samples(device: torch.device) -> Iterator[Sample]:
         w = random_tensor(n, k, device=device, seed=1)
         weight, weight_scale = numerics.quantize_weight(w)
         sums, bias = weight.sum(1, dtype=torch.int32), random_tensor(n, device=device, dtype=torch.bfloat16, seed=2)
+        if label.endswith("ragged"):
+            sums, bias = (torch.stack([value, value + 9], 1)[:, 0] for value in (sums, bias))
         affine = (zero, sums, bias) if r or label.endswith("ragged") else (None, None, None)
         columns = torch.arange(r, device=device) * (k // max(r, 1))
         outliers = random_tensor(m, r, device=device, dtype=torch.bfloat16, seed=4) if r else None

@@ -10,19 +10,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 triton = pytest.importorskip("triton", reason="the kernels need Triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("Gluon cannot be interpreted", allow_module_level=True)
 few = pytest.importorskip("lowering.triton.hopper_few", reason="the kernel needs Gluon for Hopper")
 
-from sm90 import BF16, F32, I8, I32, compile_for_sm90, compile_gluon, empty, launches  # noqa: E402
+from sm90 import BF16, F32, I8, I32, Launch, compile_for_sm90, compile_gluon, empty, launches  # noqa: E402
+from triton import language as tl  # noqa: E402
 from triton.runtime.jit import MockTensor  # noqa: E402
 
 from lowering import numerics  # noqa: E402
 from lowering.ops.linear import linear_w8a8  # noqa: E402
 from lowering.registry import random_tensor  # noqa: E402
 from lowering.triton import ahead, launch, wgmma  # noqa: E402
+from lowering.triton.launch import follow  # noqa: E402
+from lowering.triton.quantize import _quantize_rows_kernel  # noqa: E402
 
 needs_hopper = pytest.mark.skipif(not launch.overlaps(torch.device("cuda")), reason="needs a Hopper GPU")
 CUDA = torch.device("cuda")
@@ -116,6 +120,9 @@ def test_the_kernel(given: dict[str, Any]) -> None:
     filled = what.constants["EARLY"]
     assert 1 <= filled <= min(what.constants["BUFFERS"], steps)
     assert max(early) in (one_step, one_step * filled), "a loop over the ring, or that loop unrolled"
+    assert code.ptx.find("ld.global") > waits[0], "scales, biases and what says which blocks are in use"
+    for wait in waits:
+        assert "ld.global" not in code.ptx[code.ptx.rfind("$L__BB", 0, wait) : wait]
     assert what.constants["launch_pdl"] is True
 
 
@@ -181,9 +188,63 @@ def test_inductor_is_told_once() -> None:
     source = "triton_meta={'signature': {}, 'constants': {'LINKED': %s}}, inductor_meta={}\ndef kernel(): %s"
     told = ahead.overlapping(source % (True, "follow(LINKED)"))
     assert told == source.replace("'sig", "'launch_pdl': True, 'sig") % (True, "follow(LINKED)")
+    assert ahead.overlapping(told) == told
     others = [source % (False, "follow(LINKED)"), source % (True, "pass  # of somebody else, and does not wait")]
     assert [ahead.overlapping(other) for other in others] == others
     assert ahead.overlapping("def other(): pass") == "def other(): pass"
+
+
+class Fills(TorchDispatchMode):
+    """How often something was set to zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.ops.aten.zero_.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_kernel_stands_before_the_first_early_read_of_a_weight() -> None:
+    """And after every change of it, and not otherwise: it takes a microsecond."""
+    weights = [torch.ones(4, 4, dtype=torch.int8) for _ in range(2)]
+    fills = Fills()
+
+    def settled(which: int) -> int:
+        with fills:
+            wgmma._settle(weights[which])
+        return fills.count
+
+    assert [settled(0), settled(0)] == [1, 1]
+    weights[0].add_(1)
+    assert [settled(0), settled(0)] == [2, 2]
+    weights[0].copy_(weights[1])
+    assert [settled(0), settled(1), settled(1), settled(0)] == [3, 4, 4, 4]
+    known = len(wgmma._settled)
+    del weights[0]
+    assert len(wgmma._settled) == known - 1, "of a weight that is gone nothing is kept"
+
+
+def test_the_kernels_get_adjacent_scales_sums_and_biases(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+
+    def launch_of(*operands: Any) -> Any:
+        given.extend(operands)
+        return types.SimpleNamespace(kernel={(1,): lambda: None}, programs=1, arguments=(), constants={})
+
+    monkeypatch.setattr(wgmma, "_launch", launch_of)
+    codes, weight = torch.ones(17, 32, dtype=torch.int8), torch.ones(48, 32, dtype=torch.int8)
+    table = torch.arange(3 * 48.0).view(48, 3)
+    scale, one = torch.ones(17, 1), torch.ones(1, dtype=BF16)
+    sums, bias = table.to(I32)[:, 1], one.expand(48)
+    wgmma.linear_wgmma(
+        codes, scale, scale.to(I32), weight, table[:, 2], sums, bias, None, None, False, None, None, None, BF16, -1
+    )
+    _, _, _, _, _, weight_scale, weight_sum, given_bias, *_ = given
+    for found, wanted in ((weight_scale, table[:, 2]), (weight_sum, sums), (given_bias, bias)):
+        assert found.is_contiguous()
+        assert torch.equal(found, wanted)
 
 
 # -- on a GPU
@@ -208,41 +269,78 @@ def test_few_rows_choose_it(rows: int, few_rows: bool) -> None:
     assert ("wgmma" in chosen.name) == few_rows
 
 
+@triton.jit
+def late_copy(source, target, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Lets the next kernel start, and writes 0.2 ms later."""
+    follow(True)
+    begin = tl.extra.cuda.globaltimer()
+    while tl.extra.cuda.globaltimer() - begin < 200_000:
+        pass
+    for start in range(tl.program_id(0) * BLOCK, SIZE, tl.num_programs(0) * BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        tl.store(target + at, tl.load(source + at, mask=at < SIZE), mask=at < SIZE)
+
+
+def test_the_late_copy_is_one() -> None:
+    named = {"source": empty(4, 4, dtype=I8), "target": empty(4, 4, dtype=I8), "SIZE": 16, "BLOCK": 16}
+    ptx = compile_for_sm90(Launch(late_copy, named, {})).ptx
+    assert ptx.index("griddepcontrol.launch_dependents") < ptx.index("globaltimer") < ptx.index("st.global")
+
+
 @pytest.mark.gpu
 @needs_hopper
-def test_a_weight_written_just_before_is_read_as_it_is(layer: tuple[Any, ...]) -> None:
+def test_a_weight_written_just_before_is_read_as_it_is(layer: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """The launch reads weights before the kernel ahead has ended: not those that this very kernel writes."""
     codes, scale, _, weight, weight_scale, *_ = layer
     others = [torch.randint_like(weight, -127, 128) for _ in range(4)]
     wanted = [linear_w8a8.reference(codes, scale, None, w, weight_scale, *(None,) * 5, BF16) for w in others]
-    torch.cuda.synchronize()
-    for turn in range(40):
-        which = turn % 4
-        changed = weight if turn % 2 else torch.empty_like(weight)
-        changed.copy_(others[which])
+
+    def written_then_read(which: int, changed: torch.Tensor) -> bool:
+        torch.cuda.synchronize()
+        late_copy[(64,)](others[which], changed, SIZE=weight.numel(), BLOCK=4096)
+        torch.autograd.graph.increment_version(changed)
         got = linear_w8a8.choose("triton", layer).function(*layer[:3], changed, *layer[4:])
-        assert torch.equal(got, wanted[which]), turn
+        return torch.equal(got, wanted[which])
+
+    for turn in range(12):
+        assert written_then_read(turn % 4, weight if turn % 2 else torch.empty_like(weight)), turn
+    monkeypatch.setattr(wgmma, "_settle", lambda weight: None)
+    assert not all(written_then_read(turn % 4, weight) for turn in range(12)), (
+        "the launch is early, and this test sees it"
+    )
 
 
 @pytest.mark.gpu
 @needs_hopper
 def test_a_chain_that_overlaps_gives_what_one_by_one_gives(layer: tuple[Any, ...]) -> None:
-    """Launches that overlap, captured and replayed: each reads what the one before wrote, at every turn the same."""
+    """Every kernel starts early, the first is slow, and buffers are written again two kernels later: each reads what
+    the one before wrote, captured and replayed too."""
     codes, _, _, weight, weight_scale, *_ = layer
     weights = [torch.roll(weight, turn, 0) for turn in range(8)]
+    rows, width = codes.shape
+    start = codes.float().bfloat16()
+    q, s, x = torch.empty_like(codes), torch.empty(rows, 1, device=CUDA), torch.empty_like(start)
+    block, warps = launch.row_block(width)
 
     def chain(wait: bool) -> torch.Tensor:
-        x = codes.float().bfloat16()
+        late_copy[(64,)](start, x, SIZE=start.numel(), BLOCK=4096)
+        h = x
         for w in weights:
-            q, s = numerics.quantize_symmetric(x)
-            x = wgmma.linear_wgmma(q, s, None, w, weight_scale, None, None, None, None, False, None, None, x, BF16, -1)
+            _quantize_rows_kernel[(rows,)](
+                h, width, None, q, s, None, None, K=width, R=0, SYMMETRIC=True, BLOCK=block, BLOCK_R=16, LINKED=True,
+                num_warps=warps, launch_pdl=True,
+            )  # fmt: skip
             if wait:
                 torch.cuda.synchronize()
-        return x
+            h = wgmma.linear_wgmma(q, s, None, w, weight_scale, None, None, None, None, False, None, None, h, BF16, -1)
+            if wait:
+                torch.cuda.synchronize()
+        return h
 
-    expected = chain(True)
-    chain(False)
-    torch.cuda.synchronize()
+    expected = chain(True).clone()
+    for _ in range(5):
+        x.fill_(torch.nan)
+        assert torch.equal(chain(False), expected)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = chain(False)
@@ -280,11 +378,20 @@ def test_a_compiled_model_overlaps(scheme: str) -> None:
         found.append(result)
         return result
 
+    def outputs() -> list[torch.Tensor]:
+        torch._dynamo.reset()
+        # Inductor keeps graphs by what it writes, not by what it is told of it.
+        options = {"recipe": scheme, "mode": "reduce-overhead", "inductor": {"fx_graph_cache": False}}
+        compiled = torch.compile(model, backend=int8, options=options)
+        return [compiled(x).clone() for _ in range(6)]
+
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(ahead, "overlapping", watched)
-        compiled = torch.compile(model, backend=int8, options={"recipe": scheme, "mode": "reduce-overhead"})
-        outputs = [compiled(x).clone() for _ in range(6)]
-        reference = model(x)
+        overlapping, reference = outputs(), model(x)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(ahead, "overlapping", lambda source: source)
+        patch.setattr(few, "overlaps", lambda device: False)
+        one_by_one = outputs()
     assert any("'launch_pdl': True" in source and "_quantize" in source for source in found)
-    assert all(torch.equal(output, outputs[0]) for output in outputs)
-    assert (outputs[0] - reference).norm() / reference.norm() < 0.05
+    assert all(torch.equal(output, one_by_one[0]) for output in [*overlapping, *one_by_one])
+    assert (overlapping[0] - reference).norm() / reference.norm() < 0.05

@@ -82,7 +82,8 @@ def test_threads_stand_in_for_processes(monkeypatch: pytest.MonkeyPatch) -> None
     SETTING.set("of the caller")
     with ahead.beside_inductor():
         compiler = AsyncCompile()
-        scope = {"one": compiler.triton("one", "source"), "two": compiler.triton("two", "source", device_str="cuda")}
+        named = {"kernel_name": "one", "source_code": "source"}  # as Inductor's templates and benchmarks have it
+        scope = {"one": compiler.triton(**named), "two": compiler.triton("two", "source", device_str="cuda")}
         assert all(isinstance(kernel, CodeCacheFuture) for kernel in scope.values())
         compiler.wait(scope)
     assert scope == {"one": "ONE", "two": "TWO"}

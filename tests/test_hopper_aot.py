@@ -31,7 +31,7 @@ def compiled(
     k: int, r: int, code_columns: bool, affine: bool, act: int, wide: bool = True, hilo: bool = False,
     residual: bool = False,
 ) -> Compiled:  # fmt: skip
-    """What `hopper._launch` would compile for these forms, bf16 out."""
+    """What `hopper.launch` would compile for these forms, bf16 out."""
     side, half, depth = hopper.PART, hopper.HALF, hopper.BLOCK_K
     depth_r = 32 if r <= 32 else 64
     signature: dict[str, str] = {

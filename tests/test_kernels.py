@@ -158,6 +158,14 @@ def test_a_predicate_gets_the_arguments_it_names() -> None:
         of_named(reference, lambda *args: True)
 
 
+def test_what_predicates_name_some_op_has() -> None:
+    """A parameter with a default and another name would never get its argument."""
+    names = {name for op in all_ops().values() for name in inspect.signature(op.reference).parameters}
+    for op in all_ops().values():
+        for implementation in op.implementations:
+            assert set(inspect.signature(implementation.when).parameters) <= names, implementation.name
+
+
 @needs_triton
 def test_a_triton_predicate_says_why_it_refuses() -> None:
     ops = all_ops()

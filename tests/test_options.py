@@ -11,8 +11,10 @@ from gated_model import INT8_WEIGHTS, WIDTH, Gated, gated, made
 from harness import Spy, call, relative_error
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor import config as inductor_config
 
 import int8pass
+from int8pass import lower
 from int8pass.recipe import CALIBRATED, Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -68,6 +70,23 @@ def test_options_reach_the_pass_and_inductor(name: str, spy: Spy) -> None:
     assert relative_error(found, model(x)) < 0.03
 
 
+def test_inductor_launches_nothing_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels would read what ours still write, whatever the process has set."""
+    given: list[dict[str, Any]] = []
+
+    def compile_fx(*arguments: Any, config_patches: dict[str, Any]) -> Any:
+        given.append(config_patches)
+        return original(*arguments, config_patches=config_patches)
+
+    original = lower.compile_fx
+    monkeypatch.setattr(lower, "compile_fx", compile_fx)
+    model, x = gated()
+    with torch.no_grad(), inductor_config.patch({"triton.enable_pdl": True}):
+        torch.compile(model, backend="int8")(x)
+        assert inductor_config.triton.enable_pdl is True, "of the process, and left alone"
+    assert [patches["triton.enable_pdl"] for patches in given] == [False]
+
+
 def test_mode_of_torch_compile_reaches_inductor(spy: Spy) -> None:
     model, x = gated()
     with torch.no_grad():
@@ -92,6 +111,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "mode": ({"mode": "fastest"}, r"unknown mode 'fastest'; modes are default, .*max-autotune.*reduce-overhead"),
     "inductor": ({"inductor": {"epilog": 1}}, r"Inductor has no setting 'epilog'"),
     "inductor type": ({"inductor": True}, "inductor must be a dictionary"),
+    "early launches": ({"inductor": {"triton.enable_pdl": True}}, r"triton\.enable_pdl cannot be set"),
     "field value": ({"outliers": "biggest"}, "outliers must be one of 'none', 'largest', 'threshold', 'static'"),
     "field type": ({"capacity": "many"}, "capacity must be int or NoneType, got 'many'"),
     "field range": ({"capacity": 0}, "capacity must be at least 1"),

@@ -108,9 +108,9 @@ def beside_inductor() -> Iterator[None]:
                 AsyncCompile.triton = _inductors_own  # type: ignore[method-assign]
 
 
-def _in_a_thread(compiler: AsyncCompile, name: str, source: str, *rest: Any, **named: Any) -> Any:
-    """In the place of `AsyncCompile.triton`."""
-    arguments = (name, overlapping(source), *rest)
+def _in_a_thread(compiler: AsyncCompile, kernel_name: str, source_code: str, *rest: Any, **named: Any) -> Any:
+    """In the place of `AsyncCompile.triton`, which Inductor calls by position and by name."""
+    arguments = (kernel_name, overlapping(source_code), *rest)
     if triton.knobs.runtime.interpret or get_compile_threads() <= 1 or compiler.use_process_pool():
         return _inductors_own(compiler, *arguments, **named)
     task = functools.partial(_compile_here, torch.cuda.current_device(), _inductors_own, compiler, *arguments, **named)
@@ -124,7 +124,7 @@ def overlapping(source: str) -> str:
     It launches its own kernels that way if what it writes beside them says so, and has no word for those it is given.
     Without this word they are as right, and wait. A kernel that does not call `follow` must not be launched so.
     """
-    follows = "'LINKED': True" in source and "follow(LINKED)" in source
+    follows = "'LINKED': True" in source and "follow(LINKED)" in source and "'launch_pdl'" not in source
     return source.replace("triton_meta={", "triton_meta={'launch_pdl': True, ", 1) if follows else source
 
 

@@ -106,7 +106,7 @@ def on_hopper(device: torch.device) -> bool:
     if not is_hopper(device):
         return False
     try:
-        import lowering.triton.hopper  # noqa: F401
+        import lowering.triton.wgmma  # noqa: F401
     except ImportError:
         return False
     return True

@@ -3,7 +3,7 @@
 Every host wrapper is a `torch.library.triton_op`, not an opaque `custom_op`: AOTAutograd and Inductor then see the
 kernel launches and the small tensor code around them, so buffers are planned, unused outputs are dropped, the rest
 fuses with its neighbours, no dispatcher runs per call, and shapes of fake tensors come from the wrapper itself. The
-exception is the Gluon kernel's, into which neither can look.
+exception are the Gluon kernels, into which neither can look.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import ctypes
 import functools
 import itertools
 import math
+import os
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -54,8 +55,10 @@ def rounded(y, element: tl.constexpr):
 def follow(LINKED: tl.constexpr):
     """Let the kernel behind this one start, and wait until the one ahead has ended and what it wrote can be read.
 
-    First in a kernel: then all that came before the kernel ahead has ended, too. Without a launch that asks for it
-    (`linked`) neither instruction does anything.
+    First in a kernel: then all that came before the kernel ahead has ended, too. A kernel that was not launched early
+    has nothing to wait for; the one behind it may be all the same. So whatever is launched early in such a stream must
+    wait in every program, and read nothing before that another kernel writes: Inductor's own kernels do not
+    (`int8pass.lower`).
     """
     if LINKED:
         tl.extra.cuda.gdc_launch_dependents()
@@ -94,8 +97,11 @@ def _driver() -> int:
 
 def overlaps(device: torch.device) -> bool:
     """Whether launches on a device may overlap (programmatic dependent launch, CUDA C++ Programming Guide, section
-    6.2.7), in CUDA graphs too: since CUDA 12.3 these have edges for it."""
-    return is_hopper(device) and _driver() >= 12030
+    6.2.7), in CUDA graphs too: since CUDA 12.3 these have edges for it.
+
+    Not in a process whose Inductor does so, too: a kernel of its own may read what ours still writes.
+    """
+    return is_hopper(device) and _driver() >= 12030 and os.environ.get("TORCHINDUCTOR_ENABLE_PDL") != "1"
 
 
 def linked(device: torch.device, rows: Any) -> bool:

@@ -53,14 +53,15 @@ def linear_wgmma(
         weight = _aligned(weight)
         launch = _launch(
             codes.device, _aligned(codes.reshape(-1, codes.shape[-1])), per_row(scale, codes), zeros,
-            weight, weight_scale.contiguous(), weight_sum, bias, flat,
+            weight, weight_scale.contiguous(), None if weight_sum is None else weight_sum.contiguous(),
+            None if bias is None else bias.contiguous(), flat,
             None if outlier_weight is None else _aligned(outlier_weight), code_columns,
             None if high is None else _aligned(high.reshape(-1, high.shape[-1])),
             None if blocks is None else per_row(blocks, codes).contiguous(),
             None if residual is None else _aligned(residual.reshape(-1, n)), out.view(-1, n), act,
         )  # fmt: skip
         ahead.wait()
-        if launch.kernel is hopper_few.linear_w8a8_wgmma:
+        if launch.constants.get("launch_pdl"):
             _settle(weight)
         launch.kernel[(launch.programs,)](*launch.arguments, **launch.constants)
     return out
@@ -112,7 +113,12 @@ def _aligned(matrix: Tensor) -> Tensor:
 
 
 def _settle(weight: Tensor) -> None:
-    """Put a kernel between what wrote a weight and its first launch that reads it before the kernel ahead has ended."""
+    """Put a kernel between what wrote a weight and its first launch that reads it before the kernel ahead has ended.
+
+    A weight here is a constant: made by PyTorch's operators on this stream, and written by such as count versions.
+    What writes it otherwise (`.data`, a kernel given its address) is read as it should be if it does not itself let the
+    next kernel start early, as none but ours does.
+    """
     version = 0 if weight.is_inference() else weight._version
     if _settled.get(weight) != version:
         weight.new_empty(1).zero_()
