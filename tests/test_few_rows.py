@@ -271,10 +271,10 @@ def test_few_rows_choose_it(rows: int, few_rows: bool) -> None:
 
 @triton.jit
 def late_copy(source, target, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Lets the next kernel start, and writes 0.2 ms later."""
+    """Lets the next kernel start, and writes a few ms later."""
     follow(True)
     begin = tl.extra.cuda.globaltimer()
-    while tl.extra.cuda.globaltimer() - begin < 200_000:
+    while tl.extra.cuda.globaltimer() - begin < 3_000_000:
         pass
     for start in range(tl.program_id(0) * BLOCK, SIZE, tl.num_programs(0) * BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -295,11 +295,13 @@ def test_a_weight_written_just_before_is_read_as_it_is(layer: tuple[Any, ...], m
     others = [torch.randint_like(weight, -127, 128) for _ in range(4)]
     wanted = [linear_w8a8.reference(codes, scale, None, w, weight_scale, *(None,) * 5, BF16) for w in others]
 
+    linear = linear_w8a8.choose("triton", layer).function
+
     def written_then_read(which: int, changed: torch.Tensor) -> bool:
         torch.cuda.synchronize()
         late_copy[(64,)](others[which], changed, SIZE=weight.numel(), BLOCK=4096)
         torch.autograd.graph.increment_version(changed)
-        got = linear_w8a8.choose("triton", layer).function(*layer[:3], changed, *layer[4:])
+        got = linear(*layer[:3], changed, *layer[4:])
         return torch.equal(got, wanted[which])
 
     for turn in range(12):

@@ -36,7 +36,8 @@ from lowering import numerics
 # Renamed in Triton 3.7.
 synchronize = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
-PART, HALF, BLOCK_K, GROUP = 64, 128, 128, 8
+PART, HALF, BLOCK_K = 64, 128, 128
+GROUP = 16  # tile rows that go through the columns together: as high as 132 tiles are wide
 BLOCK_M = 2 * PART
 # 4 stages of 48 KB and 32 KB to stage the result fill an H100's 227 KB.
 BUFFERS = 4
@@ -173,16 +174,26 @@ def _load(
 
 
 @gluon.jit
+def _sigmoid(x):
+    """1 / (1 + exp(-x)) to a few units in the last place, 0 where exp(-x) is infinite: without a division, which took
+    3 % of a gated linear's time."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .f32 e; ex2.approx.ftz.f32 e, $1; add.f32 e, e, 0f3F800000; rcp.approx.ftz.f32 $0, e; }", "=f,f",
+        [x * -1.4426950408889634], dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def _activation(x, ACT: gl.constexpr):
     """The activations of `lowering.triton.act` by their codes there, on fp32."""
     if ACT == 0:
-        y = x / (1.0 + gl.exp(-x))
+        y = x * _sigmoid(x)
     elif ACT == 2:
-        y = x / (1.0 + gl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+        y = x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     elif ACT == 3:
         y = gl.where(x < 0.0, 0.0, x)
     else:
-        y = 1.0 / (1.0 + gl.exp(-x))
+        y = _sigmoid(x)
     return y
 
 
