@@ -184,6 +184,16 @@ def test_for_which_rows(monkeypatch: pytest.MonkeyPatch, rows: int, answer: bool
     assert launch.linked(CUDA, rows) is False
 
 
+def test_dynamo_need_not_ask_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "is_hopper", lambda device: True)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def traced(x: torch.Tensor) -> torch.Tensor:
+        return x + launch.linked(x.device, x.shape[0])
+
+    assert traced(torch.zeros(64)).unique().item() == launch.linked(torch.device("cpu"), 64)
+
+
 def test_inductor_is_told_once() -> None:
     source = "triton_meta={'signature': {}, 'constants': {'LINKED': %s}}, inductor_meta={}\ndef kernel(): %s"
     told = ahead.overlapping(source % (True, "follow(LINKED)"))

@@ -95,6 +95,7 @@ def _driver() -> int:
     return 0 if failed else version.value
 
 
+@torch.compiler.assume_constant_result  # Dynamo cannot ask the driver
 def overlaps(device: torch.device) -> bool:
     """Whether launches on a device may overlap (programmatic dependent launch, CUDA C++ Programming Guide, section
     6.2.7), in CUDA graphs too: since CUDA 12.3 these have edges for it.
