@@ -20,6 +20,7 @@ from lowering.ops import act as act_ops
 from lowering.ops import linear as linear_ops
 from lowering.ops import norm as norm_ops
 from lowering.ops import quantize as quantize_ops
+from lowering.registry import NAMESPACE
 
 aten = torch.ops.aten
 
@@ -82,10 +83,23 @@ def _linear(node: fx.Node, edit: Edit, found: dict[str, fx.Node], bias: object, 
     return edit.call(linear_ops.linear_w8a8.overload, *arguments, sums, bias, *outliers, dtype, before=node)
 
 
+def _of_outliers(found: dict[str, fx.Node]) -> bool:
+    """Whether what is added is the product of outlier columns, and of nothing else that a model adds."""
+    if len(found["linear"].users) != 1:
+        return False
+    outliers = found["outliers"]
+    if not isinstance(outliers, fx.Node) or outliers.target is not operator.getitem or outliers.args[1] == 0:
+        return False  # the first result of every op that splits is something else
+    (product,) = (term for term in found["sum"].args[:2] if term is not found["linear"])
+    split = outliers.args[0].target  # type: ignore[union-attr]
+    ours = isinstance(split, torch._ops.OpOverload) and split.namespace.startswith(NAMESPACE)
+    return ours and len(product.args) == 2  # type: ignore[union-attr]
+
+
 def fuse_outlier_linear(node: fx.Node, edit: Edit) -> fx.Node | None:
     """`linear(dequantize(q), Ŵ, b) + linear(outliers, W_o)` ⇒ `linear_w8a8(q, …, outliers, W_o)`"""
     found = _WITH_OUTLIERS.match(node)
-    if found is None or len(found["linear"].users) != 1:
+    if found is None or not _of_outliers(found | {"sum": node}):
         return None
     part = (found.get("outlier_weight"), found.get("columns"))
     return _linear(node, edit, found, _bias(found["linear"]), found["outliers"], *part)
@@ -108,7 +122,7 @@ def _group_linear(node: fx.Node, edit: Edit, found: dict[str, fx.Node]) -> fx.No
 def fuse_outlier_group_linear(node: fx.Node, edit: Edit) -> fx.Node | None:
     """`linear(dequantize(q), Ŵ of groups, b) + linear(outliers, W_o)` ⇒ `linear_w8a8_groups(q, …, outliers, W_o)`"""
     found = _GROUP_WITH_OUTLIERS.match(node)
-    return None if found is None or len(found["linear"].users) != 1 else _group_linear(node, edit, found)
+    return None if found is None or not _of_outliers(found | {"sum": node}) else _group_linear(node, edit, found)
 
 
 def fuse_group_linear(node: fx.Node, edit: Edit) -> fx.Node | None:

@@ -240,7 +240,9 @@ def _row_op_samples(name: str, label: str, x: Tensor, index: int) -> Iterator[Sa
 def _w8a8_samples(device: torch.device) -> Iterator[Sample]:
     index = 0
     for m in (0, 1, 17, 123):
-        for n, k in [(1, 7), (7, 123), (123, 1), (123, 123), (40, 96)]:
+        # Of one row steps are loaded ahead, more where K is deep.
+        several = [(40, 2048), (7, 2049), (5, 8320)] if m == 1 else []
+        for n, k in [(1, 7), (7, 123), (123, 1), (123, 123), (40, 96), *several]:
             dtype = (torch.float32, torch.bfloat16, torch.float16)[index % 3]
             codes, scale, zero = numerics.quantize_affine(random_tensor(m, k, device=device))
             w = random_tensor(n, k, device=device, seed=1)
@@ -318,7 +320,9 @@ def _w8a8_group_samples(device: torch.device) -> Iterator[Sample]:
 def _w8a16_samples(device: torch.device) -> Iterator[Sample]:
     index = 0
     for m in (0, 1, 17, 123):
-        for n, k in [(1, 7), (7, 123), (123, 1), (123, 123), (40, 96)]:
+        # Of one row steps are loaded ahead, more where K is deep.
+        several = [(40, 2048), (7, 2049), (5, 8320)] if m == 1 else []
+        for n, k in [(1, 7), (7, 123), (123, 1), (123, 123), (40, 96), *several]:
             dtype = (torch.float32, torch.bfloat16, torch.float16)[index % 3]
             x = random_tensor(m, k, device=device, dtype=dtype)
             weight, weight_scale = numerics.quantize_weight(random_tensor(n, k, device=device, seed=1))
@@ -385,7 +389,9 @@ def hard_samples(name: str, device: torch.device) -> Iterator[Sample]:
         for sample in _w8a16_samples(device):
             x, weight, *_ = sample.args
             residual = random_tensor(*x.shape[:-1], len(weight) + 3, device=device, dtype=x.dtype, seed=6)[..., :-3]
-            yield Sample(sample.label, (*sample.args, residual if len(sample.label) % 2 else residual.contiguous()))
+            yield Sample(sample.label, (*sample.args, residual.contiguous()))
+            if len(weight) > 1:
+                yield Sample(f"{sample.label}-strided", (*sample.args, residual))
     elif name == "attention":
         yield from attention_samples.samples(device)
     else:

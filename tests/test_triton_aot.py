@@ -101,6 +101,32 @@ def test_w8a16(monkeypatch: pytest.MonkeyPatch, m: int, n: int, dtype: torch.dty
     assert ("mma" in code.ptx) == (m > 1 and dtype == BF16), "tensor cores for 16-bit floats, never for fp32 (tf32)"
 
 
+@pytest.mark.parametrize("residual", [False, True], ids=["bare", "residual"])
+def test_w8a16_of_one_deep_row(monkeypatch: pytest.MonkeyPatch, residual: bool) -> None:
+    args = (empty(1, 14336), empty(4095, 14336, dtype=I8), empty(4095, dtype=F32), None)
+    operator = linear_w8a16.linear_w8a16_add_tiles if residual else linear_w8a16.linear_w8a16_tiles
+    launch, code = one(monkeypatch, operator, *args, *([empty(1, 4095)] if residual else []))
+    assert launch.arguments["STAGES"] == linear_w8a16.GEMV_STAGES_DEEP
+    assert code.stack == 0, "spills"
+
+
+@pytest.mark.parametrize(("stride", "read"), [(2**31 // 128 - 1, 2**31 // 128 - 1), (2**31 // 128, 64)])
+def test_rows_that_lie_far_apart_are_copied(monkeypatch: pytest.MonkeyPatch, stride: int, read: int) -> None:
+    """Tiles count elements by 32 bits: the last token of 64 long prompts is further away than that."""
+    x = torch.empty_strided((64, 64), (stride, 1), dtype=BF16, device="meta")
+    args = (x, empty(64, 64, dtype=I8), empty(64, dtype=F32), None, x)
+    (made,) = launches(monkeypatch, linear_w8a16.linear_w8a16_add_tiles, *args)
+    assert (made.arguments["x_stride"], made.arguments["residual_stride"]) == (read, read)
+
+
+def test_what_the_sum_in_the_linear_takes() -> None:
+    x, weight, scale = empty(5, 64), empty(32, 64, dtype=I8), empty(32, dtype=F32)
+    for shape, composed in [((5, 32), False), ((32,), True), ((5, 1), True)]:
+        chosen = linear_w8a16.linear_w8a16_add.choose("triton", (x, weight, scale, None, empty(*shape)))
+        assert chosen.composed is composed
+    assert linear_w8a16.linear_w8a16_add.choose("triton", (x, weight[:0], scale[:0], None, empty(5, 0))).composed
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Row kernels
 

@@ -15,6 +15,7 @@ from lowering.ops.linear import linear_w8a16, linear_w8a16_add
 from lowering.triton.choice import ANY, Tiles, choose_tile, count, shared_memory
 from lowering.triton.launch import (
     INTERPRETED,
+    Rows,
     as_rows,
     empty,
     expected_rows,
@@ -42,6 +43,7 @@ W8A16_FP32_TILES: Tiles = (
     (16, ANY, Tile(16, 32, 64, 4, 3)),
     (ANY, ANY, Tile(64, 64, 32, 8, 3)),
 )
+MOST_ROWS = max(tile.m for *_, tile in (*W8A16_TILES, *W8A16_FP32_TILES))
 # One row: channels and depth of a program's step, its warps, and how many steps its loads are ahead, the more where K
 # is deep. Best of 91 forms on one H100, 0.69 to 0.90 of the time that loads take which are waited for at once.
 GEMV_ROWS, GEMV_BLOCK, GEMV_WARPS = 4, 512, 2
@@ -115,16 +117,23 @@ def _gemv_w8a16_kernel(
     tl.store(out + n, rounded(y, out.dtype.element_ty), mask=has_col)
 
 
+def _near(x: Tensor) -> Rows:
+    """`x` as rows; copied, where those of a tile lie so far apart that 32 bits cannot count the elements between."""
+    rows = as_rows(x)
+    far = isinstance(rows.stride, int) and rows.stride * MOST_ROWS >= 2**31
+    return as_rows(x.contiguous()) if far else rows
+
+
 def _product(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """One launch: a product without tensor cores for a single row, else the weight tile widened to the type of `x`."""
-    rows = as_rows(x)
+    rows = _near(x)
     m, k, n = rows.count, rows.width, weight.shape[0]
     out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
     if empty(m) or empty(n):
         return out
     weight, weight_scale = weight_rows(weight), weight_scale.contiguous()
     bias = None if bias is None else bias.contiguous()
-    added = None if residual is None else as_rows(residual)
+    added = None if residual is None else _near(residual)
     if isinstance(m, int) and m == 1:
         block = min(GEMV_BLOCK, triton.next_power_of_2(k))
         wrap_triton(_gemv_w8a16_kernel)[(count(n, GEMV_ROWS),)](
@@ -153,7 +162,22 @@ def linear_w8a16_tiles(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Te
     return _product(x, weight, weight_scale, bias, None)
 
 
-@linear_w8a16_add.impl("triton", when=lambda x, residual: takes_rows(x, residual))
+@linear_w8a16_add.impl("triton", when=lambda x: takes_rows(x), composed=True)
+def linear_w8a16_then_add(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, residual: Tensor
+) -> Tensor:
+    """The linear in fp32, then the sum."""
+    y = linear_w8a16_tiles(x.float(), weight, weight_scale, bias)
+    return (y + residual.float()).to(x.dtype)
+
+
+def _takes_added(x: Tensor, weight: Tensor, residual: Tensor) -> bool | str:
+    if residual.shape != (*x.shape[:-1], weight.shape[0]):
+        return "takes a residual of the result's shape"
+    return takes_rows(x, residual)
+
+
+@linear_w8a16_add.impl("triton", when=_takes_added)
 @traceable
 def linear_w8a16_add_tiles(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, residual: Tensor

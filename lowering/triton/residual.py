@@ -1,4 +1,4 @@
-"""Linears that add the residual before their one rounding: by the Gluon kernels, on Hopper from 17 rows on.
+"""Linears that add the residual before their one rounding: by the Gluon kernels, on Hopper.
 
 The norm that follows then reads one row where it read two and wrote one. With Triton's tiles the norm keeps the sum.
 """
@@ -62,8 +62,8 @@ def _in_epilogue(
     codes: Tensor, weight: Tensor, dtype: torch.dtype, residual: Tensor, outliers: Tensor | None = None,
     columns: Tensor | None = None, outlier_weight: Tensor | None = None,
 ) -> bool | str:  # fmt: skip
-    if residual.dtype != dtype:
-        return "takes a residual of the output's dtype"
+    if residual.dtype != dtype or residual.shape != (*codes.shape[:-1], weight.shape[0]):
+        return "takes a residual of the output's dtype and shape"
     return on_wgmma(codes, weight, dtype, outliers, columns, outlier_weight)
 
 
