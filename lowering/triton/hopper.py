@@ -175,8 +175,8 @@ def _load(
 
 @gluon.jit
 def _sigmoid(x):
-    """1 / (1 + exp(-x)) to a few units in the last place, 0 where exp(-x) exceeds 2**126: without a division, which took
-    3 % of a gated linear's time."""
+    """1 / (1 + exp(-x)) to a few units in the last place, 0 where exp(-x) exceeds 2**126: without a division, which
+    took 3 % of a gated linear's time."""
     return gl.inline_asm_elementwise(
         "{ .reg .f32 e; ex2.approx.ftz.f32 e, $1; add.f32 e, e, 0f3F800000; rcp.approx.ftz.f32 $0, e; }", "=f,f",
         [x * -1.4426950408889634], dtype=gl.float32, is_pure=True, pack=1,
