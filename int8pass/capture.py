@@ -168,12 +168,28 @@ def mutated_values(graph: fx.Graph) -> set[fx.Node]:
     """Nodes whose value (or whose base, through views) is written in place somewhere in the graph."""
     mutated: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        for value, argument in zip(node.args, node.target._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, fx.Node):
-                mutated.update(_view_chain(value))
+        for value in _written_by(node):
+            mutated.update(_view_chain(value))
     return mutated
+
+
+def written_between(first: fx.Node, last: fx.Node, of: fx.Node | None = None) -> bool:
+    """Whether a node from `first` to `last`, without these, writes in place: anything, or what `of` is a view of."""
+    shared = None if of is None else set(_view_chain(of))
+    node = first.next
+    while node is not last and node.op != "root":
+        if any(shared is None or shared.intersection(_view_chain(value)) for value in _written_by(node)):
+            return True
+        node = node.next
+    return False
+
+
+def _written_by(node: fx.Node) -> list[fx.Node]:
+    """The arguments that a call writes in place."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    pairs = zip(node.args, node.target._schema.arguments)
+    return [v for v, a in pairs if a.alias_info is not None and a.alias_info.is_write and isinstance(v, fx.Node)]
 
 
 def _view_chain(node: fx.Node) -> list[fx.Node]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from int8pass.attention import fuse_attention
-from int8pass.capture import Program
+from int8pass.capture import Program, written_between
 from int8pass.graph.pattern import Bind, Call, add, call, mul, one_of, op_name
 from int8pass.graph.rewrite import Edit, RewriteLog, apply_rules
 from lowering.ops import act as act_ops
@@ -205,6 +205,8 @@ def fuse_norm(node: fx.Node, edit: Edit) -> fx.Node | None:
     if op_name(norm) not in {"rms_norm", "layer_norm"} or len(norm.users) != 1:  # type: ignore[union-attr]
         return None
     assert isinstance(norm, fx.Node)
+    if written_between(norm, node):
+        return None
     if op_name(norm) == "rms_norm":
         x, gamma, eps, offset, round_first = norm.args
         arguments: tuple[object, ...] = (x, gamma, None, eps, offset, "rms_round_first" if round_first else "rms")
@@ -257,7 +259,11 @@ def fuse_gate_product(node: fx.Node, edit: Edit) -> fx.Node | None:
     if found is None or len(node.args[0].users) != 1 or len(found["act"].users) != 1:  # type: ignore[union-attr]
         return None
     gate, up, activation = found["gate"], found["up"], found["act"]
-    if not isinstance(up, fx.Node) or gate.meta["val"].shape != up.meta["val"].shape:
+    if (
+        written_between(activation, node)
+        or not isinstance(up, fx.Node)
+        or gate.meta["val"].shape != up.meta["val"].shape
+    ):
         return None
     name = op_name(activation)
     if name == "gelu" and activation.kwargs.get("approximate", (*activation.args, "none")[1]) == "tanh":

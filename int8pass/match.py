@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import fx
 
-from int8pass.capture import Program, mutated_values
+from int8pass.capture import Program, mutated_values, written_between
 from int8pass.graph.constants import Constant
 from int8pass.graph.pattern import op_name
 from int8pass.recipe import Recipe
@@ -150,7 +150,7 @@ def _refuse(node: fx.Node, program: Program, recipe: Recipe, mutated: set[fx.Nod
         return f"its weight has {value.dim()} dimensions"
     if value.dtype not in _FLOATS or dtype not in _FLOATS:
         return f"its dtype is {value.dtype}; quantized are float32, float16 and bfloat16"
-    if x in mutated:
+    if x in mutated or (mutated and written_between(x, x.graph.output_node(), of=x)):
         return "its input is written in place in the graph"
     if program.constants.get(x) is not None:
         return "its input is a constant"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import operator
 
-import torch
 from torch import Tensor, fx
 
 from int8pass.capture import Program
@@ -43,7 +42,7 @@ def residuals_into_linears(program: Program) -> int:
             continue
         layer, residual = found
         op = _LINEARS[op_name(layer)]
-        if _composed(op, layer, residual) or _written_between(layer, node):
+        if _composed(op, layer, residual):
             continue
         total = edit.call(op.overload, *layer.args, residual, before=node, like=layer)
         if name == "add":
@@ -71,15 +70,6 @@ def _linear_and_residual(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         if same_layout(layer.meta["val"], residual.meta["val"]):
             return layer, residual
     return None
-
-
-def _written_between(layer: fx.Node, node: fx.Node) -> bool:
-    """Whether something is written in place between two nodes, and a linear moved down could read it changed."""
-    while layer is not node:
-        layer = layer.next
-        if isinstance(layer.target, torch._ops.OpOverload) and layer.target._schema.is_mutable:
-            return True
-    return False
 
 
 def _composed(op: registry.Op, layer: fx.Node, residual: fx.Node) -> bool:

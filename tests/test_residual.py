@@ -138,29 +138,6 @@ def test_sums_of_linears(scheme: str, keep: bool) -> None:
     torch._dynamo.reset()
 
 
-class Written(nn.Module):
-    """What the linear reads, a view, is written between it and the sum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Linear(64, 64)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        both = torch.cat([x, x], -1)
-        y = self.a(both[..., :64])
-        both.mul_(3.0)
-        return y + x.sin(), both
-
-
-@pytest.mark.usefixtures("in_epilogues")
-@pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
-def test_no_linear_moves_across_a_write(scheme: str) -> None:
-    model, x = inputs(Written)
-    found = run_pass(model, x, scheme)
-    assert (found.ops[f"linear_{scheme}"], found.ops[f"linear_{scheme}_add"]) == (1, 0)
-    assert relative_error(found.output[0], model(x)[0]) < 0.02
-
-
 @torch.library.custom_op("mylib::add", mutates_args=())
 def another_add(x: Tensor, y: Tensor) -> Tensor:
     return x + 3 * y

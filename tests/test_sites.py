@@ -282,3 +282,34 @@ def test_weights_with_nan_are_refused_by_name() -> None:
         model[0].weight[0, 0] = torch.nan
     with pytest.raises(Exception, match=r"0\.weight holds NaN or Inf"):
         run_pass(model, torch.randn(2, 8))
+
+
+class Written(nn.Module):
+    """A view of `both`, or what is made of one, is read by the linear after `both` has been written."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.norm, self.a = kind, nn.RMSNorm(64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        both = torch.cat([x, x.cos()], -1)
+        part = both[..., :64]
+        if self.kind == "view":
+            y = self.a(part)
+        elif self.kind == "norm":
+            part = self.norm(part)
+        else:
+            part = nn.functional.silu(part) * both[..., 64:]
+        both.mul_(3.0).add_(1.0)
+        return (y if self.kind == "view" else self.a(part)) + x.sin(), both
+
+
+@pytest.mark.parametrize("kind", ["view", "norm", "gate"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
+def test_nothing_moves_across_a_write(kind: str, scheme: str) -> None:
+    model = Written(kind).requires_grad_(False)
+    x = torch.randn(2, 9, 64)
+    found = run_pass(model, x, scheme)
+    assert relative_error(found.output[0], model(x)[0]) < 0.02
+    assert (found.ops["linear"], found.ops[f"linear_{scheme}"]) == ((1, 0) if kind == "view" else (0, 1))
+    assert not found.ops["norm_quantize"] + found.ops["act_mul_quantize"]
