@@ -20,7 +20,6 @@ from lowering.ops import act as act_ops
 from lowering.ops import linear as linear_ops
 from lowering.ops import norm as norm_ops
 from lowering.ops import quantize as quantize_ops
-from lowering.registry import NAMESPACE
 
 aten = torch.ops.aten
 
@@ -87,13 +86,10 @@ def _of_outliers(found: dict[str, fx.Node]) -> bool:
     """Whether what is added is the product of outlier columns, and of nothing else that a model adds."""
     if len(found["linear"].users) != 1:
         return False
-    outliers = found["outliers"]
-    if not isinstance(outliers, fx.Node) or outliers.target is not operator.getitem or outliers.args[1] == 0:
-        return False  # the first result of every op that splits is something else
     (product,) = (term for term in found["sum"].args[:2] if term is not found["linear"])
-    split = outliers.args[0].target  # type: ignore[union-attr]
-    ours = isinstance(split, torch._ops.OpOverload) and split.namespace.startswith(NAMESPACE)
-    return ours and len(product.args) == 2  # type: ignore[union-attr]
+    splits = ("outlier_split", "outlier_split_dynamic")
+    split = any(_element(found["outliers"], 1, name) is not None for name in splits)
+    return split and len(product.args) == 2  # type: ignore[union-attr]
 
 
 def fuse_outlier_linear(node: fx.Node, edit: Edit) -> fx.Node | None:
