@@ -36,14 +36,14 @@ class Alone(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.c, self.d, self.e = (nn.Linear(64, 64) for _ in range(5))
+        self.a, self.b, self.c, self.d, self.e, self.f = (nn.Linear(64, 64) for _ in range(6))
 
     def forward(self, x: Tensor) -> Tensor:
         broadcast = self.a(x) + x[:1]
         scaled = torch.add(x, self.b(broadcast), alpha=2.0)
         twice = self.c(scaled)
-        other = self.d(twice)
-        return (x + twice).relu() + twice.sin() + (other.double() + x) + (x.mT.contiguous().mT + self.e(x.cos()))
+        other = (self.d(twice).double() + x) + (self.e(twice) + x.double())
+        return (x + twice).relu() + twice.sin() + other + (x.mT.contiguous().mT + self.f(x.cos()))
 
 
 def inputs(kind: type[nn.Module], dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor]:
@@ -108,7 +108,7 @@ def test_applied_twice_changes_nothing(scheme: str) -> None:
 def test_other_sums_stay(scheme: str) -> None:
     model, x = inputs(Alone)
     found = run_pass(model, x, scheme)
-    assert found.ops[f"linear_{scheme}"] == 5
+    assert found.ops[f"linear_{scheme}"] == 6
     assert found.ops[f"linear_{scheme}_add"] == 0
     assert relative_error(found.output, model(x)) < 0.02
 
