@@ -42,7 +42,7 @@ class Alone(nn.Module):
         broadcast = self.a(x) + x[:1]
         scaled = torch.add(x, self.b(broadcast), alpha=2.0)
         twice = self.c(scaled)
-        other = (self.d(twice).double() + x) + (self.e(twice) + x.double())
+        other = (self.d(twice).double() + x) + (self.e(twice.tanh()) + x.double())
         return (x + twice).relu() + twice.sin() + other + (x.mT.contiguous().mT + self.f(x.cos()))
 
 
