@@ -19,12 +19,13 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import exc as dynamo_exc
 from torch._guards import TracingContext
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
 from int8pass.errors import CaptureError
 from int8pass.graph.constants import Constant, Constants, Fixed, fixed_value
+from int8pass.regions import in_plain_calls
 
 # What a backend may raise and Dynamo swallows into eager execution (torch/_dynamo/exc.py): made loud below.
 _SWALLOWED: tuple[type[Exception], ...] = tuple(dynamo_exc.exceptions_allowed_to_be_fallback)
@@ -74,8 +75,9 @@ def from_dynamo(gm: fx.GraphModule, inputs: Sequence[Any]) -> Program:
     fake_mode = context.fake_mode  # Dynamo's own: a fresh one would lose the symbolic sizes
     fakes = [_fake(v, context) if isinstance(v, Tensor) else v for v in inputs]
     try:
+        plain = in_plain_calls(gm, fake_mode)
         with torch.no_grad(), fake_mode, enable_python_dispatcher(), preserve_node_meta():
-            traced = make_fx(fx.Interpreter(gm).run, pre_dispatch=True)(*fakes)
+            traced = make_fx(fx.Interpreter(plain).run, pre_dispatch=True)(*fakes)
     except _SWALLOWED as error:
         raise CaptureError(f"the model has an operation whose result depends on data: {error}") from error
     origins = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -120,12 +122,23 @@ def _read_as_constant(placeholder: fx.Node, constant: Constant, constants: Const
 
 def _adopt_fixed(gm: fx.GraphModule, constants: Constants) -> None:
     """Tensors written in the model's code, which tracing left as attributes, become constants like the others."""
-    for node in [n for n in gm.graph.nodes if n.op == "get_attr" and constants.get(n) is None]:
-        value = getattr(gm, str(node.target))
+    found: dict[str, list[fx.Node]] = {}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        if constants.get(node) is None:
+            found.setdefault(str(node.target), []).append(node)
+    for name, nodes in found.items():
+        value = getattr(gm, name)
         if not isinstance(value, Tensor):
             continue  # a subgraph of a higher-order operator
-        constant = Constant(str(node.target), compute=fixed_value, options=(Fixed(value),))
-        node.target = constants.add(constant, node.meta["val"])
+        if isinstance(value, FakeTensor):
+            raise CaptureError(
+                "the model has an operation that tracing cannot follow, as a transform of torch.func other than vmap: "
+                "what comes out of it is not computed in the graph"
+            )
+        constant = Constant(name, compute=fixed_value, options=(Fixed(value),))
+        for node in nodes:
+            node.target = constants.add(constant, node.meta["val"])
+        delattr(gm, name)  # a buffer, of which AOTAutograd would look for the source
 
 
 def _placeholders(graph: fx.Graph) -> list[fx.Node]:
@@ -219,12 +232,13 @@ def from_export(exported: torch.export.ExportedProgram) -> Program:
     inputs = {**lifted.inputs_to_parameters, **lifted.inputs_to_buffers, **lifted.inputs_to_lifted_tensor_constants}
     gm = fx.GraphModule(exported.graph_module, fx.Graph())
     gm.graph.output(gm.graph.graph_copy(exported.graph, {}))
-    for name, body in exported.graph_module.named_children():
-        gm.add_module(name, body)
-    _inline_regions(gm)
+    for node in gm.graph.find_nodes(op="get_attr"):
+        setattr(gm, str(node.target), getattr(exported.graph_module, str(node.target)))
+    values = (n.meta.get("val") for n in _placeholders(gm.graph))
+    fake_mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+    gm = in_plain_calls(gm, fake_mode)
     _drop_aliases(gm)
     nodes = _placeholders(gm.graph)
-    fake_mode = next(n.meta["val"].fake_mode for n in nodes if isinstance(n.meta.get("val"), Tensor))
     constants = Constants(gm, fake_mode)
     mutated = mutated_values(gm.graph)
     remaining = []
@@ -238,37 +252,15 @@ def from_export(exported: torch.export.ExportedProgram) -> Program:
     return Program(gm, constants, fake_mode, remaining)
 
 
-def _inline_regions(gm: fx.GraphModule) -> None:
-    """Put the bodies of `torch.no_grad()` and disabled `autocast` regions where they are called.
-
-    torch.export makes a subgraph of each. For inference they say nothing, and a linear in one would not be seen.
-    """
-    regions = {torch.ops.higher_order.wrap_with_set_grad_enabled: 1, torch.ops.higher_order.wrap_with_autocast: 4}
-    found = [n for n in gm.graph.nodes if n.target in regions]
-    for node in found:
-        position = regions[node.target]
-        if position == 4 and node.args[2]:
-            raise CaptureError("a part of the model computes under torch.autocast: export it in one dtype instead")
-        body = getattr(gm, str(node.args[position].target))
-        _inline_regions(body)
-        inputs = dict(zip(_placeholders(body.graph), node.args[position + 1 :]))
-        with gm.graph.inserting_before(node):
-            results = gm.graph.graph_copy(body.graph, inputs)
-        for user in list(node.users):  # a region returns a tuple
-            user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
-            gm.graph.erase_node(user)
-        gm.graph.erase_node(node)
-    if found:
-        gm.graph.eliminate_dead_code()
-
-
 def _drop_aliases(gm: fx.GraphModule) -> None:
     """`detach_(x)`, `lift_fresh_copy(x)`, `cat([empty, x])` ⇒ `x`, assertions on dtypes ⇒ nothing.
 
-    How torch.export writes tensors made in the model's code, casts, and the first step of a growing cache.
+    How torch.export writes tensors made in the model's code, casts, and the first step of a growing cache. Of what is
+    written in place a copy stays one.
     """
     aten = torch.ops.aten
     names = {aten.detach_.default, aten.detach.default, aten.lift_fresh_copy.default, aten.lift_fresh.default}
+    mutated = mutated_values(gm.graph)
     for node in list(gm.graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:
             gm.graph.erase_node(node)
@@ -277,7 +269,11 @@ def _drop_aliases(gm: fx.GraphModule) -> None:
         if node.target is aten.cat.default:
             parts = [part for part in node.args[0] if tuple(part.meta["val"].shape) != (0,)]
             source = parts[0] if len(parts) == 1 else None
-        if source is not None:
-            node.replace_all_uses_with(source)
-            gm.graph.erase_node(node)
+        if source is None:
+            continue
+        if node.target in (aten.cat.default, aten.lift_fresh_copy.default) and not mutated.isdisjoint((node, source)):
+            node.target, node.args, node.kwargs = aten.clone.default, (source,), {}
+            continue
+        node.replace_all_uses_with(source)
+        gm.graph.erase_node(node)
     gm.graph.eliminate_dead_code()

@@ -110,7 +110,7 @@ def prepare(inputs: Sequence[Any]) -> Preparation:
 
 
 def lift_constants(program: Program) -> list[Constant]:
-    """Turn every `get_attr` into a placeholder after the others; returns the constants in placeholder order.
+    """Turn every constant's `get_attr` into a placeholder after the others; returns these in placeholder order.
 
     As inputs and not attributes, packed weights can be checked on every call against the parameters they were made
     from, and one compiled graph serves every module that shares its code (regional compilation).
@@ -118,8 +118,10 @@ def lift_constants(program: Program) -> list[Constant]:
     graph = program.graph
     last = [n for n in graph.nodes if n.op == "placeholder"]
     lifted: list[Constant] = []
-    for node in [n for n in graph.nodes if n.op == "get_attr"]:
-        constant = program.constants[str(node.target)]
+    for node in graph.find_nodes(op="get_attr"):
+        constant = program.constants.get(node)
+        if constant is None:
+            continue  # a subgraph of a higher-order operator
         with graph.inserting_after(last[-1]) if last else graph.inserting_before(next(iter(graph.nodes))):
             placeholder = graph.placeholder(str(node.target))
         last.append(placeholder)
@@ -149,7 +151,8 @@ class Compiled:
     """What Dynamo calls: the user's inputs go in, packed weights are added, the compiled graph runs.
 
     Packed weights are checked against the parameters of *this* call, by identity and version: a weight that was
-    replaced or written in place is packed anew, never silently ignored.
+    replaced or written in place is packed anew, never silently ignored. (A write through `.data` changes neither;
+    `torch.autograd.graph.increment_version` tells.)
     """
 
     def __init__(

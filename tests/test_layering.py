@@ -24,7 +24,8 @@ ALLOWED = {
     "int8pass.recipe_file": ("int8pass.errors", "int8pass.recipe"),
     "int8pass.recipe": ("int8pass.errors", "int8pass.recipe_file"),
     "int8pass.graph": ("int8pass.graph", "int8pass.capture", "int8pass.errors", "lowering.registry"),
-    "int8pass.capture": ("int8pass.graph.constants", "int8pass.errors"),
+    "int8pass.regions": ("int8pass.errors",),
+    "int8pass.capture": ("int8pass.graph.constants", "int8pass.errors", "int8pass.regions"),
     "int8pass.asked_once": (),
     "int8pass.lower": ("int8pass.asked_once", "int8pass.capture", "int8pass.errors", "int8pass.graph", "lowering"),
 }
