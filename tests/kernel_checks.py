@@ -287,6 +287,7 @@ def _large_samples(device: torch.device) -> Iterator[Sample]:
         ("few-float_outliers", (33, 6160, 1040), 24, False),
         ("few-code_outliers", (64, 27664, 528), 64, True),  # three pieces, and less for the last program
         ("few-shallow", (20, 2080, 16), 8, False),
+        ("few-half", (32, 6160, 1040), 24, False),
     ]:
         codes, scale, zero = numerics.quantize_affine(random_tensor(m, k, device=device))
         w = random_tensor(n, k, device=device, seed=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import types
 from typing import Any
 
@@ -50,6 +51,13 @@ def test_programs_cover_the_channels_and_are_all_alike(n: int, multiprocessors: 
     assert width == 16 or -(-n // (width - 16)) > turns * multiprocessors or width - 16 < 16
 
 
+@given(st.integers(1, few.ROWS))
+def test_at_most_as_many_rows_are_made_up_as_there_are(m: int) -> None:
+    asked = few.rows_asked(m)
+    assert m <= asked <= max(16, 2 * m)
+    assert asked & (asked - 1) == 0, "a tensor's sizes are powers of two here"
+
+
 def test_the_layers_of_a_llama() -> None:
     shares = [few.pieces(few.width(n, 132)) for n in (4096, 6144, 28672)]
     assert shares == [(32, 0, 0), (32, 16, 0), (128, 64, 32)]
@@ -94,12 +102,18 @@ def form(
         {"n": 28672, "k": 4096, "r": 64, "codes": True, "affine": True},
         {"n": 23232, "k": 4096, "r": 24, "affine": True, "add": True},
         {"n": 256, "k": 528},
+        {"m": 17, "n": 4096, "k": 14336, "hilo": True, "add": True},
+        {"m": 32, "n": 28672, "k": 4096, "r": 64, "affine": True},
     ],
     ids=str,
 )
 def test_the_kernel(given: dict[str, Any]) -> None:
-    what = form(64, **given)
+    what = form(**{"m": 64} | given)
     code = compile_gluon(what)
+    # A step waits for what is loaded: its weights, and no more rows than are asked for.
+    loaded = what.constants["ASKED"] + sum(what.constants[name] for name in ("P0", "P1", "P2"))
+    expected = {int(count) for count in re.findall(r"expect_tx\.shared(?:::cta)?\.b64 _, \[\S+\], (\d+)", code.ptx)}
+    assert loaded * 128 * what.constants["Q"] in expected
     assert code.stack == 0, "spills"
     assert code.shared <= 227 * 1024
     # Beside it the kernel ahead and the one behind fit: registers of both, and one program a multiprocessor of its own.

@@ -85,21 +85,15 @@ def _load_pieces(
 @gluon.jit
 def _load_weights(
     w0, w1, w2, ring0, ring1, ring2, full, slot, n, k, Q: gl.constexpr, P0: gl.constexpr, P1: gl.constexpr,
-    P2: gl.constexpr, ROWS: gl.constexpr, BLOCK_K: gl.constexpr,
+    P2: gl.constexpr, ASKED: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """The weights of one step, of whose bytes its barrier is told: these and the rows that come with them."""
     bar = full.index(slot)
-    mbarrier.expect(bar, (ROWS + P0 + P1 + P2) * BLOCK_K * Q)
+    mbarrier.expect(bar, (ASKED + P0 + P1 + P2) * BLOCK_K * Q)
     for j in gl.static_range(Q):
         _load_pieces(
             w0, w1, w2, ring0, ring1, ring2, bar, slot * Q + j, n, (k * Q + j) * BLOCK_K, P0, P1, P2
         )  # fmt: skip
-
-
-@gluon.jit
-def _load_rows(a, a_ring, full, slot, k, Q: gl.constexpr, BLOCK_K: gl.constexpr):
-    for j in gl.static_range(Q):
-        tma.async_copy_global_to_shared(a, [0, (k * Q + j) * BLOCK_K], full.index(slot), a_ring.index(slot * Q + j))
 
 
 @gluon.jit
@@ -111,12 +105,21 @@ def _as(ring, at, descriptor, rows: gl.constexpr, width: gl.constexpr):
 
 
 @gluon.jit
+def _load_rows(a, a_ring, full, slot, k, Q: gl.constexpr, ASKED: gl.constexpr, BLOCK_K: gl.constexpr):
+    """The rows of one step, into the first of its buffer; what the others hold is in no result."""
+    for j in gl.static_range(Q):
+        tma.async_copy_global_to_shared(
+            a, [0, (k * Q + j) * BLOCK_K], full.index(slot), _as(a_ring, slot * Q + j, a, ASKED, BLOCK_K)
+        )
+
+
+@gluon.jit
 def _load(
     a, w0, w1, w2, o, ow0, ow1, ow2, x0, x1, x2, ah, blocks, a_ring, ring0, ring1, ring2, full, free,
     ah_ring, high0, high1, high2, high_full, high_free, n, M,
     STEPS: gl.constexpr, R: gl.constexpr, PER: gl.constexpr, Q: gl.constexpr, BUFFERS: gl.constexpr,
     HIGH_BUFFERS: gl.constexpr, P0: gl.constexpr, P1: gl.constexpr, P2: gl.constexpr, ROWS: gl.constexpr,
-    BLOCK_K: gl.constexpr, EARLY: gl.constexpr,
+    ASKED: gl.constexpr, BLOCK_K: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """One warp: the first weights, once they are there the rows, then both as far ahead as the ring has room.
 
@@ -125,10 +128,10 @@ def _load(
     FIRST: gl.constexpr = BUFFERS if BUFFERS < STEPS else STEPS
     turn = gl.program_id(0) * STEPS // gl.num_programs(0)
     for k in range(EARLY):
-        _load_weights(w0, w1, w2, ring0, ring1, ring2, full, k, n, (k + turn) % STEPS, Q, P0, P1, P2, ROWS, BLOCK_K)
+        _load_weights(w0, w1, w2, ring0, ring1, ring2, full, k, n, (k + turn) % STEPS, Q, P0, P1, P2, ASKED, BLOCK_K)
     _wait_for_input()
     for k in range(EARLY):
-        _load_rows(a, a_ring, full, k, (k + turn) % STEPS, Q, BLOCK_K)
+        _load_rows(a, a_ring, full, k, (k + turn) % STEPS, Q, ASKED, BLOCK_K)
     if PER > 0:
         used = used_blocks(blocks, 0, M, ROWS)
         step = 0
@@ -136,25 +139,25 @@ def _load(
             if ((used >> (k // PER)) & 1) != 0:
                 slot = step % HIGH_BUFFERS
                 mbarrier.wait(high_free.index(slot), ((step // HIGH_BUFFERS) & 1) ^ 1)
-                _load_weights(w0, w1, w2, high0, high1, high2, high_full, slot, n, k, 1, P0, P1, P2, ROWS, BLOCK_K)
-                _load_rows(ah, ah_ring, high_full, slot, k, 1, BLOCK_K)
+                _load_weights(w0, w1, w2, high0, high1, high2, high_full, slot, n, k, 1, P0, P1, P2, ASKED, BLOCK_K)
+                _load_rows(ah, ah_ring, high_full, slot, k, 1, ASKED, BLOCK_K)
                 step += 1
     for k in range(EARLY, FIRST):
-        _load_weights(w0, w1, w2, ring0, ring1, ring2, full, k, n, (k + turn) % STEPS, Q, P0, P1, P2, ROWS, BLOCK_K)
-        _load_rows(a, a_ring, full, k, (k + turn) % STEPS, Q, BLOCK_K)
+        _load_weights(w0, w1, w2, ring0, ring1, ring2, full, k, n, (k + turn) % STEPS, Q, P0, P1, P2, ASKED, BLOCK_K)
+        _load_rows(a, a_ring, full, k, (k + turn) % STEPS, Q, ASKED, BLOCK_K)
     for k in range(FIRST, STEPS):
         slot = k % BUFFERS
         mbarrier.wait(free.index(slot), ((k // BUFFERS) & 1) ^ 1)
         at = (k + turn) % STEPS
-        _load_weights(w0, w1, w2, ring0, ring1, ring2, full, slot, n, at, Q, P0, P1, P2, ROWS, BLOCK_K)
-        _load_rows(a, a_ring, full, slot, at, Q, BLOCK_K)
+        _load_weights(w0, w1, w2, ring0, ring1, ring2, full, slot, n, at, Q, P0, P1, P2, ASKED, BLOCK_K)
+        _load_rows(a, a_ring, full, slot, at, Q, ASKED, BLOCK_K)
     if R > 0:
         depth: gl.constexpr = o.block_type.shape[1]
         OUTLIER_SLOT: gl.constexpr = STEPS % BUFFERS
         bar = full.index(OUTLIER_SLOT)
         mbarrier.wait(free.index(OUTLIER_SLOT), ((STEPS // BUFFERS) & 1) ^ 1)
-        mbarrier.expect(bar, (ROWS + P0 + P1 + P2) * depth * 2)
-        tma.async_copy_global_to_shared(o, [0, 0], bar, _as(a_ring, OUTLIER_SLOT * Q, o, ROWS, depth))
+        mbarrier.expect(bar, (ASKED + P0 + P1 + P2) * depth * 2)
+        tma.async_copy_global_to_shared(o, [0, 0], bar, _as(a_ring, OUTLIER_SLOT * Q, o, ASKED, depth))
         tma.async_copy_global_to_shared(ow0, [n, 0], bar, _as(ring0, OUTLIER_SLOT * Q, ow0, P0, depth))
         if P1 > 0:
             tma.async_copy_global_to_shared(ow1, [n + P0, 0], bar, _as(ring1, OUTLIER_SLOT * Q, ow1, P1, depth))
@@ -336,10 +339,10 @@ def linear_w8a8_wgmma(
     zero_point_stride, weight_scale, weight_sum, bias, M, N,
     K: gl.constexpr, R: gl.constexpr, PER: gl.constexpr, CODES: gl.constexpr, Q: gl.constexpr, BUFFERS: gl.constexpr,
     HIGH_BUFFERS: gl.constexpr, P0: gl.constexpr, P1: gl.constexpr, P2: gl.constexpr, ROWS: gl.constexpr,
-    BLOCK_K: gl.constexpr, LOADER_REGISTERS: gl.constexpr, EARLY: gl.constexpr,
+    ASKED: gl.constexpr, BLOCK_K: gl.constexpr, LOADER_REGISTERS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
-    """`M` rows and `N` channels, of which a program has P0 + P1 + P2; `Q` blocks of `BLOCK_K` columns are a step of the
-    ring. A bit of `blocks` stands for `PER` blocks of `ah`; 0: there is none."""
+    """`M` rows, `ASKED` of a tile of `ROWS` loaded, and `N` channels, of which a program has P0 + P1 + P2; `Q` blocks
+    of `BLOCK_K` columns are a step of the ring. A bit of `blocks` stands for `PER` blocks of `ah`; 0: there is none."""
     _let_next_start()
     a_ring = gl.allocate_shared_memory(gl.int8, [BUFFERS * Q, ROWS, BLOCK_K], a.layout)
     ring0 = gl.allocate_shared_memory(gl.int8, [BUFFERS * Q, P0, BLOCK_K], w0.layout)
@@ -388,7 +391,7 @@ def linear_w8a8_wgmma(
             (_load, (
                 a, w0, w1, w2, o, ow0, ow1, ow2, x0, x1, x2, ah, blocks, a_ring, ring0, ring1, ring2, full, free,
                 ah_ring, high0, high1, high2, high_full, high_free, n, M,
-                STEPS, R, PER, Q, BUFFERS, HIGH_BUFFERS, P0, P1, P2, ROWS, BLOCK_K, EARLY,
+                STEPS, R, PER, Q, BUFFERS, HIGH_BUFFERS, P0, P1, P2, ROWS, ASKED, BLOCK_K, EARLY,
             )),
         ],
         [1],
@@ -400,6 +403,12 @@ def takes(m: int, n: int) -> bool:
     """Whether this is the kernel for `m` rows and `n` channels: of a vocabulary a program has more than one tile, and
     the persistent kernel loads the next one under the results of the last."""
     return m <= ROWS and n < MOST_CHANNELS
+
+
+def rows_asked(m: int) -> int:
+    """How many rows are loaded: TMA fills those beyond the tensor with zeros, and takes longer for many of them than
+    for rows that there are (12 % of a step of 17 rows)."""
+    return next(rows for rows in (16, 32, ROWS) if m <= rows)
 
 
 def width(n: int, multiprocessors: int) -> int:
@@ -428,6 +437,7 @@ def launch(
     them while a model is traced."""
     m, k = codes.shape
     n = out.shape[1]
+    asked = rows_asked(m)
     channels = width(n, torch.cuda.get_device_properties(device).multi_processor_count)
     parts = pieces(channels)
     r = 0 if outliers is None else outliers.shape[1]
@@ -446,16 +456,16 @@ def launch(
     buffers = max(3, min(room // (step * blocks_of_step), steps + (r > 0) + (residual is not None)))
     early = max(1, min(buffers, steps, EARLY // (channels * BLOCK_K * blocks_of_step)))
     arguments = (
-        descriptor(codes, ROWS, BLOCK_K), *each(weight, BLOCK_K),
-        None if outliers is None else descriptor(outliers, ROWS, depth), *each(outlier_weight, depth), *each(residual),
-        None if high is None else descriptor(high, ROWS, BLOCK_K), blocks, *each(out),
+        descriptor(codes, asked, BLOCK_K), *each(weight, BLOCK_K),
+        None if outliers is None else descriptor(outliers, asked, depth), *each(outlier_weight, depth), *each(residual),
+        None if high is None else descriptor(high, asked, BLOCK_K), blocks, *each(out),
         scale, scale.stride()[0], zero_point, 0 if zero_point is None else zero_point.stride()[0], weight_scale,
         weight_sum, bias, m, n,
     )  # fmt: skip
     constants = {
         "K": k, "R": r, "PER": 0 if high is None else numerics.block_width(k) // BLOCK_K, "CODES": code_columns,
         "Q": blocks_of_step, "BUFFERS": buffers, "HIGH_BUFFERS": HIGH_BUFFERS, "EARLY": early,
-        "P0": parts[0], "P1": parts[1], "P2": parts[2], "ROWS": ROWS, "BLOCK_K": BLOCK_K,
+        "P0": parts[0], "P1": parts[1], "P2": parts[2], "ROWS": ROWS, "ASKED": asked, "BLOCK_K": BLOCK_K,
         "LOADER_REGISTERS": LOADER_REGISTERS, "num_warps": WARPS, "maxnreg": REGISTERS,
         "launch_pdl": overlaps(device),
     }  # fmt: skip
