@@ -51,13 +51,12 @@ def _inline_regions(gm: fx.GraphModule) -> None:
     """
     for node in [n for n in gm.graph.nodes if n.target in _TRANSPARENT]:
         position = _TRANSPARENT[node.target]
-        if position == 4 and node.args[2]:
+        if node.target is wrap_with_autocast and node.args[2]:
             raise CaptureError("a part of the model computes under torch.autocast: export it in one dtype instead")
         read = node.args[position]
         body = getattr(gm, str(read.target))
         _inline_regions(body)
-        placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
-        inputs = dict(zip(placeholders, node.args[position + 1 :]))
+        inputs = dict(zip(body.graph.find_nodes(op="placeholder"), node.args[position + 1 :]))
         with gm.graph.inserting_before(node):
             results = gm.graph.graph_copy(body.graph, inputs)
         for user in list(node.users):  # a region returns a tuple
@@ -94,9 +93,9 @@ def _trace_vmap(gm: fx.GraphModule, fake_mode: FakeTensorMode) -> None:
         name = f"_of_vmap_{number}_{region[0].name}"
         setattr(gm, name, getattr(traced, str(read.target)))
         read.target = name
-    placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    given = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
     with gm.graph.inserting_before(region[0]):
-        results = gm.graph.graph_copy(traced.graph, dict(zip(placeholders, inputs, strict=True)))
+        results = gm.graph.graph_copy(traced.graph, given)
     assert isinstance(results, tuple)
     for old, new in zip(outputs, results, strict=True):
         old.replace_all_uses_with(new)
