@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import relative_error, run_pass
+from harness import dynamo_counters, relative_error, run_pass
 from torch import Tensor, fx, nn
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch._functorch import predispatch
@@ -103,26 +103,37 @@ def made(kind: type[nn.Module], *shape: int) -> tuple[nn.Module, tuple[Tensor, .
     return kind().eval().requires_grad_(False), (x, real) if kind is Mask else (x,)
 
 
-@pytest.mark.parametrize(("kind", "taken"), [(Fixed, 2), (Branches, 1), (Checkpoint, 3), (Mask, 3)])
+@pytest.mark.parametrize(
+    ("kind", "taken"), [(Fixed, 2), (Branches, 1), (Checkpoint, 3), (MappedInCheckpoint, 3), (Mask, 3)]
+)
 def test_linears_in_and_beside_them_are_taken(kind: type[nn.Module], taken: int) -> None:
     model, inputs = made(kind, 2, 5)
     found = run_pass(model, inputs, "w8a8")
     assert found.taken == taken, found.refused
+    assert found.ops["linear_w8a8"] > 0
     assert set(found.refused.values()) <= {"its input is written in place in the graph"}
     assert relative_error(found.output, model(*inputs)) < 0.03
 
 
-@pytest.mark.parametrize("kind", [Fixed, Branches, Checkpoint, Mapped, MappedInCheckpoint, Mask])
-def test_compiled_they_give_what_the_model_gives(kind: type[nn.Module]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "taken"),
+    [(Fixed, 2), (Branches, 1), (Checkpoint, 3), (Mapped, 2), (MappedInCheckpoint, 3), (Mask, 3)],
+)
+def test_compiled_they_give_what_the_model_gives(kind: type[nn.Module], taken: int) -> None:
     model, inputs = made(kind, 2, 5)
-    compiled = torch.compile(model, backend="int8")
+    calls = [inputs, inputs, (-inputs[0], *inputs[1:]), made(kind, 3, 7)[1], made(kind, 4, 9)[1]]
     with torch.no_grad():
-        for _ in range(2):  # a second call finds constants as the first did
-            assert relative_error(compiled(*inputs), model(*inputs)) < 0.03
-        assert relative_error(compiled(-inputs[0], *inputs[1:]), model(-inputs[0], *inputs[1:])) < 0.03
-        for shape in ((3, 7), (4, 9)):
-            _, inputs = made(kind, *shape)
-            assert relative_error(compiled(*inputs), model(*inputs)) < 0.03
+        expected = [model(*given) for given in calls]  # before the counters: eager torch.cond is compiled, too
+    graphs = []
+    with dynamo_counters() as counters, torch.no_grad():
+        compiled = torch.compile(model, backend="int8", fullgraph=True)
+        for given, wanted in zip(calls, expected, strict=True):
+            assert relative_error(compiled(*given), wanted) < 0.03
+            graphs.append(counters["stats"]["unique_graphs"])
+        assert not counters["graph_break"]
+    assert graphs == [1, 1, 1, 2, 2], "one of a size, one of every size; a second call finds constants as the first did"
+    codes = taken * 64 * 64
+    assert codes < int8pass.packed_bytes(model) < codes * 1.25, "these linears are int8, and packed once"
 
 
 @pytest.mark.parametrize("kind", [Fixed, Branches, Checkpoint, Mapped, MappedInCheckpoint])

@@ -94,13 +94,17 @@ def test_weights_written_in_place_are_picked_up() -> None:
 def test_a_write_that_no_counter_sees_can_be_told() -> None:
     """`.data` counts nothing; what README says to do then."""
     model, x = gated()
-    with torch.no_grad():
-        compiled = torch.compile(model, backend="int8")
+    with dynamo_counters() as counters, torch.no_grad():
+        compiled = torch.compile(model, backend="int8", fullgraph=True)
         compiled(x)
+        packed = int8pass.packed_bytes(model)
+        assert packed >= INT8_WEIGHTS
         for change in (lambda w: w.mul_(-3), lambda w: w.copy_(torch.randn_like(w))):
             change(model.down.weight.data)
             torch.autograd.graph.increment_version(model.down.weight)
             assert relative_error(compiled(x), model(x)) < 0.02
+            assert int8pass.packed_bytes(model) == packed
+        assert counters["stats"]["unique_graphs"] == 1
 
 
 # -- weights that cannot be packed
