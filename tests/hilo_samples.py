@@ -55,6 +55,8 @@ def linear_samples(device: torch.device) -> Iterator[Sample]:
         ("few-wide", (64, 27664, 1040), False, 4),  # three pieces, and less for the last program
         ("few-deep", (33, 4096, 8256), True, 12),  # blocks of several steps
         ("few-all", (40, 6160, 1024), False, -1),
+        ("few-one", (1, 4640, 528), True, 2),
+        ("few-two_pieces", (48, 4096, 8256), True, 12),
     ]:
         x = random_tensor(m, k, device=device).clamp(-5, 5)
         generator = torch.Generator().manual_seed(m)

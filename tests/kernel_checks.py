@@ -288,6 +288,10 @@ def _large_samples(device: torch.device) -> Iterator[Sample]:
         ("few-code_outliers", (64, 27664, 528), 64, True),  # three pieces, and less for the last program
         ("few-shallow", (20, 2080, 16), 8, False),
         ("few-half", (32, 6160, 1040), 24, False),
+        ("few-one", (1, 4112, 1040), 24, False),
+        ("few-nine", (9, 4640, 528), 64, True),
+        ("few-two_pieces", (41, 27664, 1040), 64, True),  # of rows
+        ("few-turns", (5, 64016, 528), 24, False),  # more programs than multiprocessors
     ]:
         codes, scale, zero = numerics.quantize_affine(random_tensor(m, k, device=device))
         w = random_tensor(n, k, device=device, seed=1)

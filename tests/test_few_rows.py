@@ -21,7 +21,8 @@ few = pytest.importorskip("lowering.triton.hopper_few", reason="the kernel needs
 from sm90 import BF16, F32, I8, I32, compile_for_sm90, compile_gluon, empty, launches  # noqa: E402
 from triton.runtime.jit import MockTensor  # noqa: E402
 
-from lowering.triton import ahead, launch, wgmma  # noqa: E402
+from lowering.triton import ahead, choice, launch, wgmma  # noqa: E402
+from lowering.triton.tuning import WGMMA, Tile  # noqa: E402
 
 CUDA = torch.device("cuda")
 LINKED = ("norm", "act", "quantize", "attention", "hilo")  # modules of kernels that let the next one start
@@ -45,10 +46,11 @@ def test_programs_cover_the_channels_and_are_all_alike(n: int, multiprocessors: 
 
 
 @given(st.integers(1, few.ROWS))
-def test_at_most_as_many_rows_are_made_up_as_there_are(m: int) -> None:
-    asked = few.rows_asked(m)
-    assert m <= asked <= max(16, 2 * m)
-    assert asked & (asked - 1) == 0, "a tensor's sizes are powers of two here"
+def test_few_rows_are_made_up(m: int) -> None:
+    first, second = few.row_pieces(m)
+    assert m <= first + second < m + 16
+    assert all(piece & (piece - 1) == 0 for piece in (first, second)), "a tensor's sizes are powers of two here"
+    assert first % 8 == second % 8 == 0, "the swizzle's unit"
 
 
 def test_the_layers_of_a_llama() -> None:
@@ -97,6 +99,10 @@ def form(
         {"n": 256, "k": 528},
         {"m": 17, "n": 4096, "k": 14336, "hilo": True, "add": True},
         {"m": 32, "n": 28672, "k": 4096, "r": 64, "affine": True},
+        {"m": 1, "n": 28672, "k": 4096, "r": 32, "affine": True, "add": True},
+        {"m": 16, "n": 6144, "k": 4096, "affine": True},
+        {"m": 40, "n": 28672, "k": 4096, "r": 64, "affine": True, "add": True},
+        {"m": 48, "n": 4096, "k": 14336, "hilo": True, "add": True},
     ],
     ids=str,
 )
@@ -179,7 +185,7 @@ def test_elsewhere_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "griddepcontrol" not in compile_for_sm90(made).ptx
 
 
-@pytest.mark.parametrize(("rows", "answer"), [(1, False), (16, False), (17, True), (64, True), (65, False)])
+@pytest.mark.parametrize(("rows", "answer"), [(1, True), (16, True), (64, True), (65, False)])
 def test_for_which_rows(monkeypatch: pytest.MonkeyPatch, rows: int, answer: bool) -> None:
     monkeypatch.setattr(launch, "is_hopper", lambda device: True)
     monkeypatch.setattr(launch, "_driver", lambda: 12030)
@@ -189,6 +195,26 @@ def test_for_which_rows(monkeypatch: pytest.MonkeyPatch, rows: int, answer: bool
     monkeypatch.setattr(launch, "_driver", lambda: 13000)
     monkeypatch.setattr(launch, "is_hopper", lambda device: False)
     assert launch.linked(CUDA, rows) is False
+
+
+@pytest.mark.parametrize("rows", [1, 16, 64])
+@pytest.mark.parametrize("n", [4096, 128256])
+def test_it_is_the_kernel_of_few_rows_unless_another_was_measured(
+    monkeypatch: pytest.MonkeyPatch, rows: int, n: int
+) -> None:
+    codes, weight = empty(rows, 4096, dtype=I8), empty(n, 4096, dtype=I8)
+    monkeypatch.setattr(choice, "on_hopper", lambda device: True)
+    for overlap, found, answer in [
+        (True, None, True),
+        (True, WGMMA, True),  # of a table that was made when it was not yet the rule
+        (True, Tile(16, 32, 128, 4, 3), "measured to be faster"),
+        (False, None, "do not overlap"),
+    ]:
+        monkeypatch.setattr(choice, "overlaps", lambda device, overlap=overlap: overlap)
+        with choice.forced(found):
+            said = choice.on_wgmma(codes, weight, BF16)
+            assert said is True if answer is True else answer in said
+            assert "too few" in choice.fills_hopper(codes, weight, BF16), "never for a gate"
 
 
 def test_dynamo_need_not_ask_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from triton import language as tl  # noqa: E402
 from lowering import numerics  # noqa: E402
 from lowering.ops.linear import linear_w8a8  # noqa: E402
 from lowering.registry import random_tensor  # noqa: E402
-from lowering.triton import ahead, launch, wgmma  # noqa: E402
+from lowering.triton import ahead, launch, tuning, wgmma  # noqa: E402
 from lowering.triton.launch import follow  # noqa: E402
 from lowering.triton.quantize import _quantize_rows_kernel  # noqa: E402
 
@@ -42,10 +42,28 @@ def layer() -> tuple[Any, ...]:
 
 @pytest.mark.gpu
 @needs_hopper
-@pytest.mark.parametrize(("rows", "few_rows"), [(16, False), (17, True), (64, True), (65, False)])
+@pytest.mark.parametrize(("rows", "few_rows"), [(1, True), (16, True), (64, True), (65, False)])
 def test_few_rows_choose_it(rows: int, few_rows: bool) -> None:
     chosen = linear_w8a8.choose("triton", arguments(rows, 4096, 4096))
     assert ("wgmma" in chosen.name) == few_rows
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_first_calls_of_weights_are_not_in_what_a_search_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel stands before them, of a few µs."""
+    bench = tuning.Bench(tuning.Problem(16, 4096, 4096), CUDA)
+    settled: list[bool] = []
+
+    class Graph(torch.cuda.graph):
+        def __enter__(self) -> None:
+            settled.extend(weight in wgmma._settled for weight, _ in bench._weights)
+            super().__enter__()
+
+    monkeypatch.setattr(torch.cuda, "graph", Graph)
+    assert bench.microseconds(None, replays=1) > 0
+    assert len(settled) > 1
+    assert all(settled)
 
 
 @triton.jit

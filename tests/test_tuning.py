@@ -144,6 +144,15 @@ def test_candidates_fit(rows: int) -> None:
     assert not [*tuning.candidates(Problem(rows, 4096, 14336), 1024)]
 
 
+@pytest.mark.parametrize(("rows", "listed"), [(16, False), (64, False), (128, True), (4096, True)])
+def test_the_gluon_kernel_competes_where_it_is_not_the_rule(
+    monkeypatch: pytest.MonkeyPatch, rows: int, listed: bool
+) -> None:
+    monkeypatch.setattr(choice, "on_hopper", lambda device: True)
+    assert (WGMMA in tuning._choices(Problem(rows, 4096, 4096), CUDA)) is listed
+    assert WGMMA not in tuning._choices(Problem(rows, 4100, 4096), CUDA), "channels in multiples of 16"
+
+
 def test_no_search_inside_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="captured"):

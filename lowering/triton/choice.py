@@ -118,12 +118,15 @@ def fills_hopper(
 ) -> bool | str:  # fmt: skip
     """Whether the kernel of `lowering.triton.hopper` takes a product, and has the tiles to be the faster one.
 
-    Measured on one H100: 40 tiles are enough beyond 128 rows; up to 128, where most of a tile may be empty, 250.
+    Measured on one H100: 40 tiles are enough beyond 128 rows; up to 128, where most of a tile may be empty, 250. For
+    few rows it never is.
     """
     takes = _takes_wgmma(codes, weight, dtype, outliers, columns, outlier_weight)
     if takes is not True:
         return takes
     rows, (n, k) = expected_rows(math.prod(codes.shape[:-1])), weight.shape
+    if rows <= FEW_ROWS:
+        return f"{rows} rows are too few for tiles of 128"
     found = measured(codes.device, rows, n, k)
     if found is not None:
         return found == WGMMA or f"{found} was measured to be faster"
@@ -137,17 +140,17 @@ def on_wgmma(
     outlier_weight: Tensor | None = None,
 ) -> bool | str:  # fmt: skip
     """Whether one of the Gluon kernels takes a product that ends in no gate; for few rows it is
-    `lowering.triton.hopper_few`.
-
-    Up to 16 rows Triton's own tiles are as fast.
-    """
-    many = fills_hopper(codes, weight, dtype, outliers, columns, outlier_weight)
-    if many is True or _takes_wgmma(codes, weight, dtype, outliers, columns, outlier_weight) is not True:
-        return many
+    `lowering.triton.hopper_few`, where it can begin early."""
     rows, (n, k) = expected_rows(math.prod(codes.shape[:-1])), weight.shape
-    if measured(codes.device, rows, n, k) is not None:
-        return many
-    return (FEW_ROWS[0] <= rows <= FEW_ROWS[1] and overlaps(codes.device)) or many
+    if rows > FEW_ROWS:
+        return fills_hopper(codes, weight, dtype, outliers, columns, outlier_weight)
+    takes = _takes_wgmma(codes, weight, dtype, outliers, columns, outlier_weight)
+    if takes is not True:
+        return takes
+    found = measured(codes.device, rows, n, k)
+    if found not in (None, WGMMA):
+        return f"{found} was measured to be faster"
+    return overlaps(codes.device) or "launches do not overlap here, and Triton's tiles are as fast"
 
 
 def _takes_wgmma(

@@ -375,7 +375,7 @@ def linear_w8a8_hilo_wgmma(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """On Hopper, from 17 rows on: `lowering.triton.wgmma`."""
+    """On Hopper: `lowering.triton.wgmma`."""
     linear = (codes, scale, zero_point, weight, weight_scale, weight_sum, bias, None, None, None, dtype)
     return wgmma_product(*linear, hilo=Hilo(high, blocks))
 

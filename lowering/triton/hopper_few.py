@@ -45,8 +45,8 @@ from lowering.triton.hopper import (
 from lowering.triton.launch import overlaps
 
 ROWS = 64  # of one wgmma
+ROW_PIECES = (16, 0), (32, 0), (32, 16), (ROWS, 0)
 LEAST, MOST = 16, 224  # channels of a program; all multiples of 16 between are sums of three powers of two
-MOST_CHANNELS = 250 * 256
 SHARED = 206 * 1024  # of a ring: more than half of a multiprocessor's, and room beside it for kernels over rows
 EARLY = 84 * 1024  # of weights that are asked for before the rows: behind more of them the rows would come late
 PAIRS = 96  # channels up to which a step of the ring takes two blocks of columns
@@ -105,17 +105,29 @@ def _as(ring, at, descriptor, rows: gl.constexpr, width: gl.constexpr):
 
 
 @gluon.jit
-def _load_rows(a, a_ring, full, slot, k, Q: gl.constexpr, ASKED: gl.constexpr, BLOCK_K: gl.constexpr):
-    """The rows of one step, into the first of its buffer; what the others hold is in no result."""
-    for j in gl.static_range(Q):
+def _copy_rows(first, second, column, bar, ring, at, ROWS: gl.constexpr):
+    """Some columns of all rows, in one piece or two, into the first of a buffer; what its others hold is in no
+    result."""
+    MANY: gl.constexpr = first.block_type.shape[0]
+    width: gl.constexpr = first.block_type.shape[1]
+    tma.async_copy_global_to_shared(first, [0, column], bar, _as(ring, at, first, MANY, width))
+    if second is not None:
+        MORE: gl.constexpr = second.block_type.shape[0]
         tma.async_copy_global_to_shared(
-            a, [0, (k * Q + j) * BLOCK_K], full.index(slot), _as(a_ring, slot * Q + j, a, ASKED, BLOCK_K)
+            second, [MANY, column], bar, _as(ring, at, first, ROWS, width).slice(MANY, MORE)
         )
 
 
 @gluon.jit
+def _load_rows(a0, a1, a_ring, full, slot, k, Q: gl.constexpr, ROWS: gl.constexpr, BLOCK_K: gl.constexpr):
+    """The rows of one step."""
+    for j in gl.static_range(Q):
+        _copy_rows(a0, a1, (k * Q + j) * BLOCK_K, full.index(slot), a_ring, slot * Q + j, ROWS)
+
+
+@gluon.jit
 def _load(
-    a, w0, w1, w2, o, ow0, ow1, ow2, x0, x1, x2, ah, blocks, a_ring, ring0, ring1, ring2, full, free,
+    a0, a1, w0, w1, w2, o0, o1, ow0, ow1, ow2, x0, x1, x2, ah0, ah1, blocks, a_ring, ring0, ring1, ring2, full, free,
     ah_ring, high0, high1, high2, high_full, high_free, n, M,
     STEPS: gl.constexpr, R: gl.constexpr, PER: gl.constexpr, Q: gl.constexpr, BUFFERS: gl.constexpr,
     HIGH_BUFFERS: gl.constexpr, P0: gl.constexpr, P1: gl.constexpr, P2: gl.constexpr, ROWS: gl.constexpr,
@@ -131,7 +143,7 @@ def _load(
         _load_weights(w0, w1, w2, ring0, ring1, ring2, full, k, n, (k + turn) % STEPS, Q, P0, P1, P2, ASKED, BLOCK_K)
     _wait_for_input()
     for k in range(EARLY):
-        _load_rows(a, a_ring, full, k, (k + turn) % STEPS, Q, ASKED, BLOCK_K)
+        _load_rows(a0, a1, a_ring, full, k, (k + turn) % STEPS, Q, ROWS, BLOCK_K)
     if PER > 0:
         used = used_blocks(blocks, 0, M, ROWS)
         step = 0
@@ -140,24 +152,24 @@ def _load(
                 slot = step % HIGH_BUFFERS
                 mbarrier.wait(high_free.index(slot), ((step // HIGH_BUFFERS) & 1) ^ 1)
                 _load_weights(w0, w1, w2, high0, high1, high2, high_full, slot, n, k, 1, P0, P1, P2, ASKED, BLOCK_K)
-                _load_rows(ah, ah_ring, high_full, slot, k, 1, ASKED, BLOCK_K)
+                _load_rows(ah0, ah1, ah_ring, high_full, slot, k, 1, ROWS, BLOCK_K)
                 step += 1
     for k in range(EARLY, FIRST):
         _load_weights(w0, w1, w2, ring0, ring1, ring2, full, k, n, (k + turn) % STEPS, Q, P0, P1, P2, ASKED, BLOCK_K)
-        _load_rows(a, a_ring, full, k, (k + turn) % STEPS, Q, ASKED, BLOCK_K)
+        _load_rows(a0, a1, a_ring, full, k, (k + turn) % STEPS, Q, ROWS, BLOCK_K)
     for k in range(FIRST, STEPS):
         slot = k % BUFFERS
         mbarrier.wait(free.index(slot), ((k // BUFFERS) & 1) ^ 1)
         at = (k + turn) % STEPS
         _load_weights(w0, w1, w2, ring0, ring1, ring2, full, slot, n, at, Q, P0, P1, P2, ASKED, BLOCK_K)
-        _load_rows(a, a_ring, full, slot, at, Q, ASKED, BLOCK_K)
+        _load_rows(a0, a1, a_ring, full, slot, at, Q, ROWS, BLOCK_K)
     if R > 0:
-        depth: gl.constexpr = o.block_type.shape[1]
+        depth: gl.constexpr = o0.block_type.shape[1]
         OUTLIER_SLOT: gl.constexpr = STEPS % BUFFERS
         bar = full.index(OUTLIER_SLOT)
         mbarrier.wait(free.index(OUTLIER_SLOT), ((STEPS // BUFFERS) & 1) ^ 1)
         mbarrier.expect(bar, (ASKED + P0 + P1 + P2) * depth * 2)
-        tma.async_copy_global_to_shared(o, [0, 0], bar, _as(a_ring, OUTLIER_SLOT * Q, o, ASKED, depth))
+        _copy_rows(o0, o1, 0, bar, a_ring, OUTLIER_SLOT * Q, ROWS)
         tma.async_copy_global_to_shared(ow0, [n, 0], bar, _as(ring0, OUTLIER_SLOT * Q, ow0, P0, depth))
         if P1 > 0:
             tma.async_copy_global_to_shared(ow1, [n + P0, 0], bar, _as(ring1, OUTLIER_SLOT * Q, ow1, P1, depth))
@@ -245,7 +257,7 @@ def _finish(
 @gluon.jit
 def _multiply(
     a_ring, ring0, ring1, ring2, full, free, ah_ring, high0, high1, high2, high_full, high_free,
-    o, ow0, ow1, ow2, x0, x1, x2, blocks, c0, c1, c2, scale, scale_stride, zero_point, zero_point_stride,
+    o0, ow0, ow1, ow2, x0, x1, x2, blocks, c0, c1, c2, scale, scale_stride, zero_point, zero_point_stride,
     weight_scale, weight_sum, bias, n, M, N,
     STEPS: gl.constexpr, R: gl.constexpr, PER: gl.constexpr, CODES: gl.constexpr, Q: gl.constexpr,
     BUFFERS: gl.constexpr, HIGH_BUFFERS: gl.constexpr, P0: gl.constexpr, P1: gl.constexpr, P2: gl.constexpr,
@@ -308,20 +320,20 @@ def _multiply(
     if x0 is not None:
         mbarrier.wait(full.index((STEPS + (R > 0)) % BUFFERS), ((STEPS + (R > 0)) // BUFFERS) & 1)
     staging0 = _finish(
-        acc0, token0, zero0, affine, channels0, biased, a_ring, ring0, o, ow0, x0, c0, n, STEPS, R, CODES, Q, BUFFERS,
+        acc0, token0, zero0, affine, channels0, biased, a_ring, ring0, o0, ow0, x0, c0, n, STEPS, R, CODES, Q, BUFFERS,
         P0, ROWS, OUT0,
     )  # fmt: skip
     staging1 = staging0
     staging2 = staging0
     if P1 > 0:
         staging1 = _finish(
-            acc1, token1, zero1, affine, channels1, biased, a_ring, ring1, o, ow1, x1, c1, n + P0, STEPS, R, CODES, Q,
+            acc1, token1, zero1, affine, channels1, biased, a_ring, ring1, o0, ow1, x1, c1, n + P0, STEPS, R, CODES, Q,
             BUFFERS, P1, ROWS, OUT1,
         )  # fmt: skip
     if P2 > 0:
         staging2 = _finish(
-            acc2, token2, zero2, affine, channels2, biased, a_ring, ring2, o, ow2, x2, c2, n + P0 + P1, STEPS, R, CODES,
-            Q, BUFFERS, P2, ROWS, OUT2,
+            acc2, token2, zero2, affine, channels2, biased, a_ring, ring2, o0, ow2, x2, c2, n + P0 + P1, STEPS, R,
+            CODES, Q, BUFFERS, P2, ROWS, OUT2,
         )  # fmt: skip
     fence_async_shared()
     synchronize()
@@ -335,8 +347,8 @@ def _multiply(
 
 @gluon.jit
 def linear_w8a8_wgmma(
-    a, w0, w1, w2, o, ow0, ow1, ow2, x0, x1, x2, ah, blocks, c0, c1, c2, scale, scale_stride, zero_point,
-    zero_point_stride, weight_scale, weight_sum, bias, M, N,
+    a0, a1, w0, w1, w2, o0, o1, ow0, ow1, ow2, x0, x1, x2, ah0, ah1, blocks, c0, c1, c2, scale, scale_stride,
+    zero_point, zero_point_stride, weight_scale, weight_sum, bias, M, N,
     K: gl.constexpr, R: gl.constexpr, PER: gl.constexpr, CODES: gl.constexpr, Q: gl.constexpr, BUFFERS: gl.constexpr,
     HIGH_BUFFERS: gl.constexpr, P0: gl.constexpr, P1: gl.constexpr, P2: gl.constexpr, ROWS: gl.constexpr,
     ASKED: gl.constexpr, BLOCK_K: gl.constexpr, LOADER_REGISTERS: gl.constexpr, EARLY: gl.constexpr,
@@ -344,7 +356,7 @@ def linear_w8a8_wgmma(
     """`M` rows, `ASKED` of a tile of `ROWS` loaded, and `N` channels, of which a program has P0 + P1 + P2; `Q` blocks
     of `BLOCK_K` columns are a step of the ring. A bit of `blocks` stands for `PER` blocks of `ah`; 0: there is none."""
     _let_next_start()
-    a_ring = gl.allocate_shared_memory(gl.int8, [BUFFERS * Q, ROWS, BLOCK_K], a.layout)
+    a_ring = gl.allocate_shared_memory(gl.int8, [BUFFERS * Q, ROWS, BLOCK_K], a0.layout)
     ring0 = gl.allocate_shared_memory(gl.int8, [BUFFERS * Q, P0, BLOCK_K], w0.layout)
     ring1 = ring0
     ring2 = ring0
@@ -364,7 +376,7 @@ def linear_w8a8_wgmma(
     high_full = full
     high_free = free
     if PER > 0:
-        ah_ring = gl.allocate_shared_memory(gl.int8, [HIGH_BUFFERS, ROWS, BLOCK_K], a.layout)
+        ah_ring = gl.allocate_shared_memory(gl.int8, [HIGH_BUFFERS, ROWS, BLOCK_K], a0.layout)
         high0 = gl.allocate_shared_memory(gl.int8, [HIGH_BUFFERS, P0, BLOCK_K], w0.layout)
         high1 = high0
         high2 = high0
@@ -384,13 +396,13 @@ def linear_w8a8_wgmma(
         [
             (_multiply, (
                 a_ring, ring0, ring1, ring2, full, free, ah_ring, high0, high1, high2, high_full, high_free,
-                o, ow0, ow1, ow2, x0, x1, x2, blocks, c0, c1, c2, scale, scale_stride, zero_point, zero_point_stride,
+                o0, ow0, ow1, ow2, x0, x1, x2, blocks, c0, c1, c2, scale, scale_stride, zero_point, zero_point_stride,
                 weight_scale, weight_sum, bias, n, M, N,
                 STEPS, R, PER, CODES, Q, BUFFERS, HIGH_BUFFERS, P0, P1, P2, ROWS,
             )),
             (_load, (
-                a, w0, w1, w2, o, ow0, ow1, ow2, x0, x1, x2, ah, blocks, a_ring, ring0, ring1, ring2, full, free,
-                ah_ring, high0, high1, high2, high_full, high_free, n, M,
+                a0, a1, w0, w1, w2, o0, o1, ow0, ow1, ow2, x0, x1, x2, ah0, ah1, blocks, a_ring, ring0, ring1, ring2,
+                full, free, ah_ring, high0, high1, high2, high_full, high_free, n, M,
                 STEPS, R, PER, Q, BUFFERS, HIGH_BUFFERS, P0, P1, P2, ROWS, ASKED, BLOCK_K, EARLY,
             )),
         ],
@@ -399,16 +411,10 @@ def linear_w8a8_wgmma(
     )  # fmt: skip
 
 
-def takes(m: int, n: int) -> bool:
-    """Whether this is the kernel for `m` rows and `n` channels: of a vocabulary a program has more than one tile, and
-    the persistent kernel loads the next one under the results of the last."""
-    return m <= ROWS and n < MOST_CHANNELS
-
-
-def rows_asked(m: int) -> int:
-    """How many rows are loaded: TMA fills those beyond the tensor with zeros, and takes longer for many of them than
-    for rows that there are (12 % of a step of 17 rows)."""
-    return next(rows for rows in (16, 32, ROWS) if m <= rows)
+def row_pieces(m: int) -> tuple[int, int]:
+    """How many rows are loaded, as two powers of two; 0 where one is enough. TMA fills rows beyond the tensor with
+    zeros, and takes longer for many of them than for rows that there are (12 % of a step of 17 rows)."""
+    return next(pieces for pieces in ROW_PIECES if m <= sum(pieces))
 
 
 def width(n: int, multiprocessors: int) -> int:
@@ -437,7 +443,7 @@ def launch(
     them while a model is traced."""
     m, k = codes.shape
     n = out.shape[1]
-    asked = rows_asked(m)
+    rows = row_pieces(m)
     channels = width(n, torch.cuda.get_device_properties(device).multi_processor_count)
     parts = pieces(channels)
     r = 0 if outliers is None else outliers.shape[1]
@@ -449,6 +455,10 @@ def launch(
         sizes = [(part, columns) if columns else (ROWS, part) for part in there]
         return [descriptor(matrix, *size) if part else None for part, size in zip(there, sizes, strict=True)]
 
+    def of_rows(matrix: Any | None, columns: int) -> list[Any]:
+        """A descriptor of each piece of rows."""
+        return [descriptor(matrix, part, columns) if matrix is not None and part else None for part in rows]
+
     blocks_of_step = 2 if channels <= PAIRS else 1
     step = (ROWS + channels) * BLOCK_K
     room = SHARED - (0 if high is None else HIGH_BUFFERS * step)
@@ -456,16 +466,15 @@ def launch(
     buffers = max(3, min(room // (step * blocks_of_step), steps + (r > 0) + (residual is not None)))
     early = max(1, min(buffers, steps, EARLY // (channels * BLOCK_K * blocks_of_step)))
     arguments = (
-        descriptor(codes, asked, BLOCK_K), *each(weight, BLOCK_K),
-        None if outliers is None else descriptor(outliers, asked, depth), *each(outlier_weight, depth), *each(residual),
-        None if high is None else descriptor(high, asked, BLOCK_K), blocks, *each(out),
+        *of_rows(codes, BLOCK_K), *each(weight, BLOCK_K), *of_rows(outliers, depth), *each(outlier_weight, depth),
+        *each(residual), *of_rows(high, BLOCK_K), blocks, *each(out),
         scale, scale.stride()[0], zero_point, 0 if zero_point is None else zero_point.stride()[0], weight_scale,
         weight_sum, bias, m, n,
     )  # fmt: skip
     constants = {
         "K": k, "R": r, "PER": 0 if high is None else numerics.block_width(k) // BLOCK_K, "CODES": code_columns,
         "Q": blocks_of_step, "BUFFERS": buffers, "HIGH_BUFFERS": HIGH_BUFFERS, "EARLY": early,
-        "P0": parts[0], "P1": parts[1], "P2": parts[2], "ROWS": ROWS, "ASKED": asked, "BLOCK_K": BLOCK_K,
+        "P0": parts[0], "P1": parts[1], "P2": parts[2], "ROWS": ROWS, "ASKED": sum(rows), "BLOCK_K": BLOCK_K,
         "LOADER_REGISTERS": LOADER_REGISTERS, "num_warps": WARPS, "maxnreg": REGISTERS,
         "launch_pdl": overlaps(device),
     }  # fmt: skip

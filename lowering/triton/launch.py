@@ -36,9 +36,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_BLOCK, PIECE = 16384, 2048
 # Rows assumed for a symbolic size without a hint: a wrong guess costs time, never correctness.
 UNKNOWN_ROWS = 4096
-# Rows for which a step is reading the weights, and the Gluon kernel that begins to read them early is the fastest
+# Up to so many rows a step is reading the weights, and the Gluon kernel that begins to read them early is the fastest
 # (`lowering.triton.hopper_few`).
-FEW_ROWS = 17, 64
+FEW_ROWS = 64
 
 
 @triton.jit
@@ -108,7 +108,7 @@ def overlaps(device: torch.device) -> bool:
 def linked(device: torch.device, rows: Any) -> bool:
     """Whether a kernel over `rows` starts while the one before it runs: where steps are reading weights, and a linear
     can begin with those."""
-    return overlaps(device) and FEW_ROWS[0] <= expected_rows(rows) <= FEW_ROWS[1]
+    return overlaps(device) and expected_rows(rows) <= FEW_ROWS
 
 
 def traceable(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -340,7 +340,7 @@ def linear_w8a8_wgmma(
     columns: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """On Hopper, from 17 rows on: `lowering.triton.wgmma`."""
+    """On Hopper: `lowering.triton.wgmma`."""
     return wgmma_product(
         codes, scale, zero_point, weight, weight_scale, weight_sum, bias, outliers, outlier_weight, columns, dtype
     )

@@ -82,7 +82,7 @@ def linear_w8a8_add_wgmma(
     dtype: torch.dtype,
     residual: Tensor,
 ) -> Tensor:
-    """On Hopper, from 17 rows on: `lowering.triton.wgmma`."""
+    """On Hopper: `lowering.triton.wgmma`."""
     linear = (codes, scale, zero_point, weight, weight_scale, weight_sum, bias, outliers, outlier_weight, columns)
     return wgmma_product(*linear, dtype, residual=residual)
 
@@ -101,6 +101,6 @@ def linear_w8a8_hilo_add_wgmma(
     dtype: torch.dtype,
     residual: Tensor,
 ) -> Tensor:
-    """On Hopper, from 17 rows on: `lowering.triton.wgmma`."""
+    """On Hopper: `lowering.triton.wgmma`."""
     linear = (codes, scale, zero_point, weight, weight_scale, weight_sum, bias, None, None, None, dtype)
     return wgmma_product(*linear, hilo=Hilo(high, blocks), residual=residual)

@@ -134,6 +134,6 @@ def _launch(
         device, codes, scale, zero_point, weight, weight_scale, weight_sum, bias, outliers, outlier_weight,
         code_columns, high, blocks, residual, out,
     )  # fmt: skip
-    if act == NO_ACTIVATION and hopper_few.takes(codes.shape[0], out.shape[1]):
+    if act == NO_ACTIVATION and codes.shape[0] <= hopper_few.ROWS:
         return hopper_few.launch(*operands)
     return hopper.launch(*operands, act)
