@@ -153,6 +153,19 @@ def test_the_gluon_kernel_competes_where_it_is_not_the_rule(
     assert WGMMA not in tuning._choices(Problem(rows, 4100, 4096), CUDA), "channels in multiples of 16"
 
 
+@given(st.lists(st.tuples(st.sampled_from([16, 128]), st.integers(1, 300_000)), min_size=1, max_size=8))
+def test_kernels_are_compiled_for_few_channels(layers: list[tuple[int, int]]) -> None:
+    """Of all problems, with the same masks: a vocabulary in every process does not fit a GPU's memory."""
+    problems = [Problem(rows, n, 4096) for rows, n in layers]
+    compiled = tuning.distinct(problems)
+    assert len(compiled) == len(set(compiled)) <= len(problems)
+    assert all(p.n <= tuning.MOST_COMPILED + tuning.WIDEST for p in compiled)
+    for p in problems:
+        same = [c for c in compiled if (c.rows, c.k) == (p.rows, p.k)]
+        assert any([c.n % w == 0 for w in tuning.WIDTHS] == [p.n % w == 0 for w in tuning.WIDTHS] for c in same)
+    assert len(tuning.distinct([Problem(16, n, 4096) for n in (4096, 6144, 28672, 128256)])) == 1
+
+
 def test_no_search_inside_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="captured"):

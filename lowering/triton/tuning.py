@@ -15,7 +15,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -30,6 +30,8 @@ from lowering.triton.launch import FEW_ROWS
 SHIPPED = Path(__file__).parent / "tiles"
 WGMMA = "wgmma"  # instead of a tile: the kernel of `lowering.triton.hopper`
 FEWEST, MOST = 16, 8192
+WIDTHS = (32, 64, 128, 256)
+MOST_COMPILED, WIDEST = 4096, WIDTHS[-1]
 L2_BYTES = 64 * 2**20
 Progress = Callable[[int, int], None]
 
@@ -172,7 +174,7 @@ def candidates(problem: Problem, shared: int) -> Iterator[Tile]:
     """Tiles worth a measurement, of at most `shared` bytes of shared memory."""
     rows = problem.rows
     heights = {16: (16,), 32: (16, 32), 64: (32, 64)}.get(rows, (64, 128))
-    widths = (32, 64) if rows <= 16 else (32, 64, 128) if rows <= 64 else (64, 128, 256)
+    widths = WIDTHS[:2] if rows <= 16 else WIDTHS[:3] if rows <= 64 else WIDTHS[1:]
     for m, n, k, stages in itertools.product(heights, widths, (128, 256), (3, 4, 5)):
         warps = 8 if m * n >= 128 * 128 else 4
         if m * n <= 128 * 256 and problem.k % k == 0 and (m + n) * k * stages <= shared and n <= problem.n:
@@ -280,10 +282,15 @@ def _batched(choices: list[Choice], size: int) -> list[list[Choice]]:
     return [choices[start : start + size] for start in range(0, len(choices), size)]
 
 
+def distinct(problems: Iterable[Problem]) -> list[Problem]:
+    """Problems that have all kernels of `problems`: of other channels they are the same, but for masks of the last
+    tile. Few channels, as every process holds a weight."""
+    return [*dict.fromkeys(replace(p, n=min(p.n, MOST_COMPILED + p.n % WIDEST)) for p in problems)]
+
+
 def compile_all(problems: list[Problem], device: torch.device, workers: int, progress: Progress) -> None:
     """Fill Triton's cache on disk with every choice, in several processes: nearly all of a search is compilation."""
-    distinct = {(p.rows, p.k): p for p in problems}.values()  # kernels of another N are the same
-    parts = [(p, part) for p in distinct for part in _batched(_choices(p, device), 6)]
+    parts = [(p, part) for p in distinct(problems) for part in _batched(_choices(p, device), 6)]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         jobs = [pool.submit(_compile_part, problem, part, device) for problem, part in parts]
         for done, job in enumerate(jobs, 1):
