@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,29 +90,14 @@ def speeds(
         weights = [torch.randn(n, k, device=device, dtype=torch.bfloat16) for _ in range(copies)]
         calls = [lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in weights]
         found.append(
-            Speed(count, n, k, bench.microseconds(choice), replayed(calls), "rule" if choice is None else str(choice))
+            Speed(
+                count,
+                n,
+                k,
+                bench.microseconds(choice),
+                tuning.replayed(calls),
+                "rule" if choice is None else str(choice),
+            )
         )
         progress("time layers", done, len(cases))
     return found
-
-
-def replayed(calls: Sequence[Callable[[], object]], replays: int = 7) -> float:
-    """Median microseconds of one call, from replays of a CUDA graph of all of them."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    rounds = max(1, 8 // len(calls))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        calls[0]()
-        with torch.cuda.graph(graph, stream=stream):
-            for call in [*calls] * rounds:
-                call()
-    times = []
-    for _ in range(replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / (rounds * len(calls)))
-    return statistics.median(times)

@@ -127,6 +127,12 @@ def test_the_fastest_right_choice_wins() -> None:
     assert found == Entry(SMALL, choices[1], 7.0, 10.0)
 
 
+def test_a_rule_that_was_slow_when_it_was_timed_first_is_timed_again() -> None:
+    tile = Tile(16, 32, 128, 4, 3)
+    times = {None: iter([13.0, 10.0]), tile: iter([9.9])}
+    assert tuning.search(SMALL, [tile], lambda choice: torch.zeros(1), lambda choice: next(times[choice])) is None
+
+
 @pytest.mark.parametrize(("us", "kept"), [(9.9, False), (9.0, True)])
 def test_a_gain_within_the_noise_is_none(us: float, kept: bool) -> None:
     tile = Tile(16, 32, 128, 4, 3)

@@ -12,8 +12,10 @@ import itertools
 import json
 import os
 import re
+import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
@@ -33,6 +35,7 @@ FEWEST, MOST = 16, 8192
 WIDTHS = (32, 64, 128, 256)
 MOST_COMPILED, WIDEST = 4096, WIDTHS[-1]
 L2_BYTES = 64 * 2**20
+WARM_UP = 0.05  # seconds of calls before those that are timed
 Progress = Callable[[int, int], None]
 
 
@@ -204,7 +207,10 @@ def search(
             continue
         if best is None or us < best[0]:
             best = us, choice
-    if best is None or best[0] > rule * (1.0 - gain):
+    if best is None:
+        return None
+    rule = min(rule, time_of(None))  # what is timed first must not lose by that
+    if best[0] > rule * (1.0 - gain):
         return None
     return Entry(problem, best[1], round(best[0], 2), round(rule, 2))
 
@@ -237,26 +243,38 @@ class Bench:
             return linear.linear_w8a8_tiles(*args)
 
     def microseconds(self, choice: Choice | None, replays: int = 7) -> float:
-        """Median time of one call, from replays of a CUDA graph."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        rounds = max(1, 8 // len(self._weights))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream):
-            for which in range(len(self._weights)):  # the first call of a weight does more (`lowering.triton.wgmma`)
-                self.call(choice, which)
-            with torch.cuda.graph(graph, stream=stream):
-                for which in [*range(len(self._weights))] * rounds:
-                    self.call(choice, which)
-        times = []
-        for _ in range(replays + 1):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e3 / (rounds * len(self._weights)))
-        return sorted(times[1:])[replays // 2]
+        """Median time of one call."""
+        return replayed([functools.partial(self.call, choice, which) for which in range(len(self._weights))], replays)
+
+
+def replayed(calls: Sequence[Callable[[], object]], replays: int = 7) -> float:
+    """Median microseconds of one call, from replays of a CUDA graph of all of them.
+
+    Not from the first ones: those of a weight of 525 MB took up to 13 % longer just after it was made.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    rounds = max(1, 8 // len(calls))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        for call in calls:  # the first call of a weight does more (`lowering.triton.wgmma`)
+            call()
+        with torch.cuda.graph(graph, stream=stream):
+            for call in [*calls] * rounds:
+                call()
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < WARM_UP:
+        graph.replay()
+        torch.cuda.synchronize()
+    times = []
+    for _ in range(replays):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / (rounds * len(calls)))
+    return statistics.median(times)
 
 
 def _choices(problem: Problem, device: torch.device) -> list[Choice]:
